@@ -1,0 +1,26 @@
+"""Variational Masked Diffusion language models for the Hugging Face ecosystem (arXiv 2510.23606).
+
+Importing this package makes `AutoConfig`, `AutoModel` and `AutoModelForMaskedLM` know the model type "vmd".
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+
+from .configuration_vmd import VMDConfig
+from .generation_vmd import VMDGenerateOutput, VMDGenerationConfig
+from .modeling_vmd import VMDForMaskedDiffusion, VMDMaskedDiffusionOutput, VMDModel, VMDPreTrainedModel
+
+__version__ = "0.1.0"
+
+AutoConfig.register(VMDConfig.model_type, VMDConfig)
+AutoModel.register(VMDConfig, VMDModel)
+AutoModelForMaskedLM.register(VMDConfig, VMDForMaskedDiffusion)
+
+__all__ = [
+    "VMDConfig",
+    "VMDForMaskedDiffusion",
+    "VMDGenerateOutput",
+    "VMDGenerationConfig",
+    "VMDMaskedDiffusionOutput",
+    "VMDModel",
+    "VMDPreTrainedModel",
+]

@@ -1,0 +1,184 @@
+"""Configuration of Variational Masked Diffusion models (arXiv 2510.23606)."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+
+# Keyword arguments that `PreTrainedConfig` takes beside its declared fields.
+_BASE_KEYWORDS = {
+    "_commit_hash",
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "quantization_config",
+    "torch_dtype",
+}
+
+
+@strict
+class VMDConfig(PreTrainedConfig):
+    r"""Configuration of [`VMDModel`] and [`VMDForMaskedDiffusion`].
+
+    `latent_size = 0` is the plain masked diffusion model (MDM, MDLM): the same network without the latent path.
+
+    Args:
+        vocab_size: Number of tokens, special tokens (mask, pad, ...) included.
+        hidden_size: Width of the transformer; a multiple of `num_attention_heads`.
+        num_hidden_layers: Layers of the denoiser.
+        num_attention_heads: Attention heads. With rotary positions, `hidden_size / num_attention_heads` is even.
+        intermediate_size: Width of the feed-forward layers; `None` means `4 * hidden_size`.
+        hidden_act: Activation of the feed-forward layers, a name that transformers knows.
+        max_position_embeddings: Longest sequence. A hard limit with `position_embedding_type="learned"`.
+        position_embedding_type: `"rotary"`, `"learned"` (a table of `max_position_embeddings` rows added to the
+            embeddings) or `"none"` (only `position_groups` tell the positions apart).
+        position_groups: Lists of `max_position_embeddings` group numbers, one list a grouping: position `i` gets the
+            embedding of its group in each of them, added to the token embedding. A grid has rows and columns.
+        rope_parameters: Rotary settings as everywhere in transformers (`rope_type`, `rope_theta`, ...).
+        latent_size: Dimensions of the latent `z`; 0 for no latent.
+        conditioning_size: Width of the conditioning vector that is computed from `z` and modulates every layer.
+        num_latent_encoder_layers: Transformer layers of the posterior `q(z | x_0, x_t)`.
+        block_size: Tokens a block; only `None` (one latent for the whole sequence) in this version.
+        objective: `"vmd"` (the paper's, default), `"per_sample"` or `"per_step"`: see [`VMDForMaskedDiffusion`].
+        objective_steps: Numbers of sampling steps that `per_sample` and `per_step` train for; one is drawn for
+            each row.
+        kl_weight: Weight (beta) of the KL term.
+        kl_warmup_steps: Training-mode forward passes over which the weight of the KL term grows linearly from 0 to
+            `kl_weight`. Without it the posterior tends to collapse. 0 turns it off.
+        free_bits: Lower bound, in nats for each row and latent dimension, under which the KL term is not pushed
+            (training mode only).
+        time_epsilon: Smallest time of the `vmd` objective: `t = eps + (1 - eps) u`.
+        mask_token_id: Id of the mask token. It never has probability.
+        pad_token_id: Id of the pad token. It never has probability, unless it is also an end-of-sequence token.
+        eos_token_id: Id(s) of the end-of-sequence token.
+        tie_word_embeddings: Whether the output projection is the token embedding.
+        attention_dropout, hidden_dropout: Dropout probabilities.
+        norm_eps: Epsilon of the layer norms.
+        initializer_range: Standard deviation of the normal initialisation.
+
+    Raises:
+        ValueError: where the config is made, when a value breaks a rule above or a name is unknown.
+    """
+
+    model_type = "vmd"
+    keys_to_ignore_at_inference = (
+        "reconstruction_loss",
+        "kl",
+        "kl_per_latent",
+        "posterior_mean",
+        "hidden_states",
+        "attentions",
+    )
+
+    vocab_size: int = 32_000
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 1024
+    position_embedding_type: Literal["rotary", "learned", "none"] = "rotary"
+    position_groups: list[list[int]] | None = None
+    rope_parameters: dict | None = None
+    latent_size: int = 64
+    conditioning_size: int = 128
+    num_latent_encoder_layers: int = 1
+    block_size: int | None = None
+    objective: Literal["vmd", "per_sample", "per_step"] = "vmd"
+    objective_steps: list[int] | tuple[int, ...] = (1, 2, 4)
+    kl_weight: float | int = 1.0
+    kl_warmup_steps: int = 1000
+    free_bits: float | int = 0.0
+    time_epsilon: float = 1e-3
+    mask_token_id: int | None = None
+    pad_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+    attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        # A file written by another version of transformers may hold names that this one does not know; what a
+        # person writes may not.
+        if self.transformers_version is None and (unknown := sorted(set(kwargs) - _BASE_KEYWORDS)):
+            raise ValueError(f"VMDConfig knows no argument {', '.join(map(repr, unknown))}")
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        self.objective_steps = list(self.objective_steps)
+        super().__post_init__(**kwargs)
+
+    @property
+    def forbidden_token_ids(self) -> list[int]:
+        """Ids that have probability 0 in every likelihood, loss and sampler: mask, and pad unless it ends a text."""
+        eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        forbidden = {self.mask_token_id, None if self.pad_token_id in eos else self.pad_token_id}
+        return sorted(forbidden - {None})
+
+    def validate_sizes(self):
+        for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "conditioning_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("num_hidden_layers", "max_position_embeddings", "num_latent_encoder_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.latent_size < 0:
+            raise ValueError(f"latent_size must be 0 (no latent) or more, got {self.latent_size}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
+                f"{self.num_attention_heads}"
+            )
+        if self.position_embedding_type == "rotary" and (self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError(
+                "hidden_size / num_attention_heads must be even with rotary positions, got "
+                f"{self.hidden_size} / {self.num_attention_heads}"
+            )
+        if self.block_size is not None:
+            raise ValueError(f"block_size must be None in this version of vmd_hf, got {self.block_size}")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be an activation that transformers knows, got {self.hidden_act!r}")
+
+    def validate_position_groups(self):
+        for groups in self.position_groups or []:
+            if len(groups) != self.max_position_embeddings:
+                raise ValueError(
+                    "each list of position_groups must have max_position_embeddings = "
+                    f"{self.max_position_embeddings} entries, got {len(groups)}"
+                )
+            if min(groups) < 0:
+                raise ValueError(f"position_groups must be 0 or more, got {min(groups)}")
+
+    def validate_objective(self):
+        if not self.objective_steps or min(self.objective_steps) < 1:
+            raise ValueError(
+                f"objective_steps must be one or more numbers of at least 1, got {list(self.objective_steps)}"
+            )
+        for name in ("kl_weight", "kl_warmup_steps", "free_bits", "initializer_range"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("attention_dropout", "hidden_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if not 0 < self.time_epsilon < 1:
+            raise ValueError(f"time_epsilon must lie in (0, 1), got {self.time_epsilon}")
+
+    def validate_special_tokens(self):
+        eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        ids = [("mask_token_id", self.mask_token_id), ("pad_token_id", self.pad_token_id)]
+        for name, value in ids + [("eos_token_id", value) for value in eos]:
+            if value is not None and not 0 <= value < self.vocab_size:
+                raise ValueError(f"{name} must lie in [0, vocab_size = {self.vocab_size}), got {value}")
+        if self.mask_token_id is not None and self.mask_token_id in [self.pad_token_id, *eos]:
+            raise ValueError(
+                f"mask_token_id must differ from pad_token_id and eos_token_id, got {self.mask_token_id} for both"
+            )
+
+
+__all__ = ["VMDConfig"]

@@ -1,0 +1,576 @@
+"""Variational Masked Diffusion models (arXiv 2510.23606): backbone, latent encoder, and the model with its loss."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_vmd import VMDConfig
+from .generation_vmd import VMDGenerationConfig, VMDGenerationMixin
+from .noise_vmd import Corruption, corrupt_at_time, corrupt_before_step, hashed_noise, stratified_uniform
+from .objective_vmd import gaussian_kl, row_cross_entropy
+
+VISIBLE, REVEALED_NOW, STILL_MASKED = 0, 1, 2  # what the latent encoder is told of each token
+
+
+@dataclass
+class VMDMaskedDiffusionOutput(ModelOutput):
+    """Output of [`VMDForMaskedDiffusion`].
+
+    Attributes:
+        loss: Scalar, `reconstruction_loss + kl_weight * kl`, nats a labelled token. With labels only. (In training
+            mode the KL term also carries warm-up and free bits.)
+        logits: (batch, length, vocabulary). Without labels only.
+        reconstruction_loss: Scalar, the weighted cross-entropy R of the masked tokens over the number of labelled
+            tokens.
+        kl: Scalar, the KL term over the same number.
+        kl_per_latent: (batch,) unweighted KL(q || p) of each row's latent in nats; 0 where nothing was masked.
+        posterior_mean: (batch, latent_size) mean of q; 0 where nothing was masked.
+        hidden_states, attentions: As everywhere in transformers, on request.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
+    kl: torch.Tensor | None = None
+    kl_per_latent: torch.Tensor | None = None
+    posterior_mean: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention in plain operations, which can also return its weights (batch, heads, queries, keys)."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class VMDAttention(nn.Module):
+    def __init__(self, config: VMDConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+        shape = hidden_states.shape[:-1]
+        qkv = self.qkv_proj(hidden_states).view(*shape, 3, -1, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head_dim)
+        if position_embeddings is not None:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*shape, -1)), weights
+
+
+class VMDMLP(nn.Module):
+    def __init__(self, config: VMDConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states):
+        return self.down_proj(self.act(self.up_proj(hidden_states)))
+
+
+class VMDLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer; with `conditioned`, the latent shifts, scales and gates both halves (adaLN)."""
+
+    def __init__(self, config: VMDConfig, layer_idx: int, conditioned: bool):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+        self.attention = VMDAttention(config, layer_idx)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+        self.mlp = VMDMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.modulation = VMDModulation(config) if conditioned else None
+
+    def forward(
+        self, hidden_states, attention_mask=None, position_embeddings=None, conditioning=None, **kwargs
+    ) -> torch.Tensor:
+        # conditioning: (batch, 1, conditioning_size) or None, the null latent: no modulation at all
+        modulation = [None] * 6 if conditioning is None else self.modulation(conditioning)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation
+        update, _ = self.attention(
+            modulate(self.attention_norm(hidden_states), shift_1, scale_1),
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = add_gated(hidden_states, self.dropout(update), gate_1)
+        update = self.mlp(modulate(self.mlp_norm(hidden_states), shift_2, scale_2))
+        return add_gated(hidden_states, self.dropout(update), gate_2)
+
+
+class VMDModulation(nn.Linear):
+    """adaLN-zero: conditioning vector to six modulations. Zero at the start, which makes the modulation the identity
+    (scale 1 + 0, shift 0, gate 1 + 0), so that training starts from a plain masked diffusion model."""
+
+    def __init__(self, config: VMDConfig):
+        super().__init__(config.conditioning_size, 6 * config.hidden_size)
+
+    def forward(self, conditioning):
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = super().forward(conditioning).chunk(6, dim=-1)
+        return shift_1, 1 + scale_1, 1 + gate_1, shift_2, 1 + scale_2, 1 + gate_2
+
+
+def modulate(hidden_states, shift, scale):
+    return hidden_states if scale is None else torch.addcmul(shift, hidden_states, scale)
+
+
+def add_gated(residual, update, gate):
+    return residual + update if gate is None else torch.addcmul(residual, gate, update)
+
+
+class VMDPreTrainedModel(PreTrainedModel):
+    config_class = VMDConfig
+    config: VMDConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _no_split_modules = ("VMDLayer",)
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": VMDLayer, "attentions": VMDAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, VMDModulation):
+            init.zeros_(module.weight)
+        elif isinstance(module, VMDConditioner):
+            # z is of unit scale, unlike hidden states behind a norm: keep its variance through the two maps.
+            for linear in (module.in_proj, module.out_proj):
+                init.normal_(linear.weight, std=linear.in_features**-0.5)
+        elif isinstance(module, VMDForMaskedDiffusion):
+            init.zeros_(module.kl_warmup_progress)
+
+
+class VMDEmbeddings(nn.Module):
+    """Token embeddings plus whatever position tables the config asks for."""
+
+    def __init__(self, config: VMDConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        learned = config.position_embedding_type == "learned"
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
+        groups = config.position_groups or []
+        self.embed_groups = nn.ModuleList(nn.Embedding(max(group) + 1, config.hidden_size) for group in groups)
+        if groups:
+            self.register_buffer("position_groups", torch.tensor(groups))  # (groupings, max_position_embeddings)
+
+    def forward(self, input_ids, position_ids):
+        hidden_states = self.embed_tokens(input_ids)  # (batch, length, hidden)
+        if self.embed_positions is None and not self.embed_groups:
+            return hidden_states
+        if position_ids.shape[-1] > (longest := self.config.max_position_embeddings):
+            raise ValueError(
+                f"input_ids must have at most max_position_embeddings = {longest} tokens with a position table, got "
+                f"{position_ids.shape[-1]}"
+            )
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self.embed_positions(position_ids)
+        for table, groups in zip(self.embed_groups, self.position_groups if self.embed_groups else (), strict=True):
+            hidden_states = hidden_states + table(groups[position_ids])
+        return hidden_states
+
+
+class VMDConditioner(nn.Module):
+    """Latent (batch, latent_size) to conditioning vector (batch, conditioning_size)."""
+
+    def __init__(self, config: VMDConfig):
+        super().__init__()
+        self.in_proj = nn.Linear(config.latent_size, config.conditioning_size)
+        self.out_proj = nn.Linear(config.conditioning_size, config.conditioning_size)
+        self.act = nn.SiLU()
+
+    def forward(self, latents):
+        return self.act(self.out_proj(self.act(self.in_proj(latents))))
+
+
+def row_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position of each token in its own row, padding on either side left out: (batch, length), 0 at padding."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+class VMDModel(VMDPreTrainedModel):
+    """The denoiser p_theta(x_0 | x_t, z) up to its hidden states: a bidirectional transformer conditioned on z."""
+
+    def __init__(self, config: VMDConfig):
+        super().__init__(config)
+        self.embeddings = VMDEmbeddings(config)
+        self.layers = nn.ModuleList(
+            VMDLayer(config, index, conditioned=config.latent_size > 0) for index in range(config.num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+        self.conditioner = VMDConditioner(config) if config.latent_size else None
+        self.rotary_emb = LlamaRotaryEmbedding(config) if config.position_embedding_type == "rotary" else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.embeddings.embed_tokens = value
+
+    def attention_context(self, hidden_states, attention_mask, position_ids):
+        """The attention mask in the form that the attention implementation takes, and the rotary angles."""
+        mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        rotary = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
+        return {"attention_mask": mask, "position_embeddings": rotary}
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        latents: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutput:
+        """
+        Args:
+            input_ids: (batch, length) int64, x_t: tokens, some of them the mask token.
+            attention_mask: (batch, length), 1 for tokens and 0 for padding, on either side.
+            position_ids: (batch, length); default: counted in each row without its padding.
+            latents: (batch, latent_size); default: zeros, the prior mean.
+
+        Returns:
+            `last_hidden_state` (batch, length, hidden_size), after the final norm.
+
+        Raises:
+            ValueError: for a wrong shape, or more tokens than a position table has.
+        """
+        position_ids = check_inputs(input_ids, attention_mask, position_ids)
+        latents = check_latents(latents, self.config, input_ids)
+        hidden_states = self.embeddings(input_ids, position_ids)
+        conditioning = None
+        if self.conditioner is not None:
+            conditioning = self.conditioner(latents.to(hidden_states.dtype))[:, None]
+        context = self.attention_context(hidden_states, attention_mask, position_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, conditioning=conditioning, **context, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+
+
+class VMDLatentEncoder(nn.Module):
+    """The posterior q_phi(z | x_0, x_t): a diagonal Gaussian, from x_0 and what is masked in x_t.
+
+    Its layers read the clean tokens with a flag each (visible, revealed now, still masked) and are pooled over the
+    tokens that are revealed now. Needed in training and for likelihoods only.
+    """
+
+    def __init__(self, config: VMDConfig):
+        super().__init__()
+        self.embed_flags = nn.Embedding(3, config.hidden_size)
+        self.layers = nn.ModuleList(
+            VMDLayer(config, config.num_hidden_layers + index, conditioned=False)
+            for index in range(config.num_latent_encoder_layers)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+        self.out_proj = nn.Linear(config.hidden_size, 2 * config.latent_size)
+
+    def forward(self, clean_embeddings, masked, revealed, attention_context):
+        """
+        Args:
+            clean_embeddings: (batch, length, hidden), embeddings of x_0.
+            masked, revealed: (batch, length) bool, as in `Corruption`.
+
+        Returns:
+            mean and log-variance, each (batch, latent_size) float32. Where nothing is revealed the posterior is the
+            prior, so that its KL is 0.
+        """
+        flags = torch.where(revealed, REVEALED_NOW, torch.where(masked, STILL_MASKED, VISIBLE))
+        hidden_states = clean_embeddings + self.embed_flags(flags)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **attention_context)
+        weights = revealed.to(hidden_states.dtype)
+        count = weights.sum(-1, keepdim=True)
+        pooled = torch.einsum("bl,blh->bh", weights, self.norm(hidden_states)) / count.clamp(min=1)
+        statistics = self.out_proj(pooled).float() * (count > 0)
+        return statistics.chunk(2, dim=-1)
+
+
+class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
+    """Masked diffusion language model with a latent: denoiser, posterior, loss in `forward`, and `generate`.
+
+    With `labels` the forward pass draws noise and returns the loss, so that the plain `Trainer` trains the model:
+
+    - `objective="vmd"` (the paper's L_VMD): every token is masked with probability t, and the row pays
+      `(R + kl_weight * KL) / t`, with the posterior q(z | x_0, x_t). The sampler that belongs to it draws a fresh z
+      for each step; the paper keeps one.
+    - `objective="per_sample"`: the likelihood bound of the few-step sampler that keeps one z: a random step k of T_n
+      with the tokens A_k that it reveals, `T_n * R(A_k) + kl_weight * KL(q(z | x_0, all masked) || p)`.
+    - `objective="per_step"`: the bound of the sampler with a fresh z per step:
+      `T_n * (R(A_k) + kl_weight * KL(q(z | x_0, x^(k), A_k) || p))`.
+
+    Everything is summed over the batch and divided by the number of labelled tokens, or by `num_items_in_batch`, as
+    the Trainer passes it. With `latent_size > 0`, `exp(loss)` of the `vmd` objective is not a perplexity.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.embed_tokens.weight"}  # noqa: RUF012
+    generation_config_class = VMDGenerationConfig
+
+    def __init__(self, config: VMDConfig):
+        super().__init__(config)
+        self.model = VMDModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.latent_encoder = VMDLatentEncoder(config) if config.latent_size else None
+        # Training-mode forward passes so far: saved with the weights, so that a resumed run goes on warming up.
+        self.register_buffer("kl_warmup_progress", torch.zeros((), dtype=torch.long))
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head = new_embeddings
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., hidden_size) to (..., vocab_size), -inf at the tokens that may never appear."""
+        logits = self.lm_head(hidden_states)
+        for token_id in self.config.forbidden_token_ids:  # two at most
+            logits[..., token_id] = -torch.inf
+        return logits
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        latents: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        times: torch.Tensor | None = None,
+        position_noise: torch.Tensor | None = None,
+        latent_noise: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> VMDMaskedDiffusionOutput:
+        """Without labels: logits of p_theta(x_0 | x_t, z). With labels: the loss, under noise drawn here.
+
+        Args:
+            input_ids: (batch, length) int64. Without labels x_t; with labels the clean x_0.
+            attention_mask: (batch, length), 1 for tokens and 0 for padding, on either side.
+            position_ids: (batch, length); default: counted in each row without its padding.
+            latents: (batch, latent_size) float, without labels only; default: zeros, the prior mean.
+            labels: (batch, length) int64, equal to `input_ids`, or -100 for context that is never masked.
+            times: (batch,) float. Under `vmd` the time t in (0, 1]; under the few-step objectives a number in
+                [0, 1) that picks the number of steps and the step. Default: drawn stratified over the batch in
+                training mode, a hash of the row in evaluation mode; so are the two next.
+            position_noise: (batch, length) float. A token is masked where it is below t; under the few-step
+                objectives it ranks the order of revealing. To give a mask itself: 0 where masked, 1 elsewhere.
+            latent_noise: (batch, latent_size) float, standard normal: z = mean + std * latent_noise.
+            num_items_in_batch: Labelled tokens over which the loss is averaged; default: those of this batch.
+
+        Raises:
+            ValueError: for wrong shapes, labels that differ from the inputs or have no probability, or labels that
+                the Trainer held back.
+        """
+        if labels is None:
+            if num_items_in_batch is not None:
+                raise ValueError(
+                    "labels must reach the model, whose loss is computed in forward; the Trainer keeps them with "
+                    "label_smoothing_factor > 0 or compute_loss_func, and neither can be used"
+                )
+            outputs = self.model(input_ids, attention_mask, position_ids, latents, **kwargs)
+            return VMDMaskedDiffusionOutput(
+                logits=self.compute_logits(outputs.last_hidden_state),
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+            )
+        if latents is not None:
+            raise ValueError("latents must be None when labels are given: the posterior draws them (see latent_noise)")
+
+        position_ids = check_inputs(input_ids, attention_mask, position_ids)
+        check_labels(input_ids, labels, attention_mask, self.config)
+        maskable = labels != -100
+        noise = self._draw_noise(input_ids, attention_mask, position_ids)
+        noise = check_noise(noise, (times, position_noise, latent_noise), self.config)
+        corruption, latent_noise = self._corrupt(maskable, *noise), noise[2]
+
+        q_mean, kl_elements = None, None
+        if self.latent_encoder is not None:
+            q_mean, q_log_variance = self.encode(input_ids, attention_mask, position_ids, maskable, corruption)
+            latents = q_mean + (0.5 * q_log_variance).exp() * latent_noise
+            kl_elements = gaussian_kl(q_mean, q_log_variance)  # (batch, latent_size)
+
+        x_t = input_ids.masked_fill(corruption.masked, self.config.mask_token_id)
+        outputs = self.model(x_t, attention_mask, position_ids, latents, **kwargs)
+        rows, columns = corruption.revealed.nonzero(as_tuple=True)
+        logits = self.compute_logits(outputs.last_hidden_state[rows, columns])
+        reconstruction = row_cross_entropy(logits, input_ids[rows, columns], rows, len(input_ids))
+
+        num_items = maskable.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        reconstruction_loss = (corruption.weight * reconstruction).sum() / num_items
+        kl, kl_loss = self._kl_terms(kl_elements, corruption, num_items)
+        return VMDMaskedDiffusionOutput(
+            loss=reconstruction_loss + kl_loss,
+            reconstruction_loss=reconstruction_loss.detach(),
+            kl=kl,
+            kl_per_latent=None if kl_elements is None else kl_elements.sum(-1).detach(),
+            posterior_mean=None if q_mean is None else q_mean.detach(),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def encode(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor,
+        maskable: torch.Tensor,
+        corruption: Corruption,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-variance of the posterior of the config's objective, each (batch, latent_size) float32."""
+        masked, revealed = corruption.masked, corruption.revealed
+        if self.config.objective == "per_sample":  # one z for all steps: q(z | x_0, all masked)
+            masked, revealed = maskable, maskable
+        embeddings = self.model.embeddings(input_ids, position_ids)
+        context = self.model.attention_context(embeddings, attention_mask, position_ids)
+        return self.latent_encoder(embeddings, masked, revealed, context)
+
+    def _draw_noise(self, input_ids, attention_mask, position_ids):
+        if not self.training:
+            return hashed_noise(input_ids, attention_mask, position_ids, self.config.latent_size)
+        device = input_ids.device
+        return (
+            stratified_uniform(len(input_ids), device),
+            torch.rand(input_ids.shape, device=device),
+            torch.randn(len(input_ids), self.config.latent_size, device=device),
+        )
+
+    def _corrupt(self, maskable, times, position_noise, latent_noise) -> Corruption:
+        if self.config.objective == "vmd":
+            return corrupt_at_time(maskable, times, position_noise)
+        return corrupt_before_step(maskable, times, position_noise, self.config.objective_steps)
+
+    def _kl_terms(self, kl_elements, corruption, num_items):
+        """The KL term as it is, and as it enters the loss: weighted, and in training warmed up and with free bits."""
+        if kl_elements is None:
+            zero = corruption.weight.new_zeros(())
+            return zero, zero
+        weight = torch.ones_like(corruption.weight) if self.config.objective == "per_sample" else corruption.weight
+        kl = (weight * kl_elements.sum(-1)).sum() / num_items
+        beta = self.config.kl_weight
+        if not self.training:
+            return kl, beta * kl
+        free = self.config.free_bits * corruption.revealed.any(-1, keepdim=True)
+        kl_loss = (weight * kl_elements.maximum(free).sum(-1)).sum() / num_items if self.config.free_bits else kl
+        if self.config.kl_warmup_steps:
+            self.kl_warmup_progress += 1
+            beta = beta * (self.kl_warmup_progress / self.config.kl_warmup_steps).clamp(max=1)
+        return kl.detach(), beta * kl_loss
+
+
+def check_inputs(input_ids, attention_mask, position_ids):
+    """Shapes are right; returns the positions, by default counted in each row without its padding."""
+    if input_ids is None or input_ids.dim() != 2:
+        got = None if input_ids is None else tuple(input_ids.shape)
+        raise ValueError(f"input_ids must have shape (batch, length), got {got}")
+    for name, value in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+        if value is not None and value.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(value.shape)}"
+            )
+    if position_ids is not None:
+        return position_ids
+    if attention_mask is None:
+        return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    return row_positions(attention_mask)
+
+
+def check_latents(latents, config, input_ids):
+    """The given latents, whose shape must be right, or the prior mean; None for a model without a latent."""
+    shape = (len(input_ids), config.latent_size)
+    if latents is None:
+        return torch.zeros(shape, device=input_ids.device) if config.latent_size else None
+    if config.latent_size == 0:
+        raise ValueError("latents must be None for a model with latent_size = 0")
+    if latents.shape != shape:
+        raise ValueError(f"latents must have shape (batch, latent_size) = {shape}, got {tuple(latents.shape)}")
+    return latents
+
+
+@torch.compiler.disable
+def check_labels(input_ids, labels, attention_mask, config):
+    if config.mask_token_id is None:
+        raise ValueError("mask_token_id must be set in the config to compute a loss, got None")
+    if labels.shape != input_ids.shape:
+        raise ValueError(
+            f"labels must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)}"
+        )
+    labelled = labels != -100
+    padding = torch.zeros_like(labelled) if attention_mask is None else attention_mask == 0
+    impossible = torch.zeros_like(labelled)
+    for token_id in config.forbidden_token_ids:
+        impossible |= labels == token_id
+    problems = torch.stack([labelled & padding, impossible, labelled & (labels != input_ids)]).flatten(1).any(-1)
+    on_padding, impossible, unequal = problems.tolist()  # one transfer from the device for all three
+    if on_padding:
+        raise ValueError("labels must be -100 where attention_mask is 0, got a label on padding")
+    if impossible:
+        raise ValueError(
+            "labels must not hold the mask token or the pad token (use -100 for padding), whose probability is 0: "
+            f"ids {config.forbidden_token_ids}"
+        )
+    if unequal:
+        raise ValueError(
+            "labels must equal input_ids where they are not -100, since the model draws the noise itself; a collator "
+            "that masks tokens is the usual cause: use DataCollatorForLanguageModeling(tokenizer, mlm=False)"
+        )
+
+
+def check_noise(drawn, given, config):
+    """The given noise where there is any, of the right shape, else the drawn. Times become those of the objective."""
+    times, position_noise, latent_noise = given
+    for name, value, default in zip(("times", "position_noise", "latent_noise"), given, drawn, strict=True):
+        if value is not None and value.shape != default.shape:
+            raise ValueError(f"{name} must have shape {tuple(default.shape)}, got {tuple(value.shape)}")
+    if times is None:
+        times = drawn[0]
+        if config.objective == "vmd":
+            times = config.time_epsilon + (1 - config.time_epsilon) * times
+    return (
+        times,
+        drawn[1] if position_noise is None else position_noise,
+        drawn[2] if latent_noise is None else latent_noise,
+    )
+
+
+__all__ = ["VMDForMaskedDiffusion", "VMDMaskedDiffusionOutput", "VMDModel", "VMDPreTrainedModel"]

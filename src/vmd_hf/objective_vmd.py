@@ -1,0 +1,29 @@
+"""The terms of the training objectives, as pure functions in float32 (arXiv 2510.23606, equation of L_VMD)."""
+
+import torch
+from torch.nn import functional as F
+
+
+def gaussian_kl(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+    """KL(N(mean, exp(log_variance)) || N(0, 1)) for each element, in nats. Any shape."""
+    mean, log_variance = mean.float(), log_variance.float()
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+
+
+def row_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Sum of -log p(target) over the tokens of each row, in nats.
+
+    Args:
+        logits: (tokens, vocabulary), of the scored positions only.
+        targets: (tokens,), their clean token ids.
+        rows: (tokens,), the row of the batch that each belongs to.
+        num_rows: Rows in the batch; a row without scored tokens gets 0.
+
+    Returns:
+        (num_rows,) float32.
+    """
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    return losses.new_zeros(num_rows).index_add(0, rows, losses)
+
+
+__all__ = ["gaussian_kl", "row_cross_entropy"]
