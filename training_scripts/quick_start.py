@@ -27,8 +27,6 @@ from vmd_hf.data.synthetic import independent_accuracy, independent_marginals_kl
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RECIPES = Path(__file__).parent / "recipes"
-
 # Each variant: how the recipe changes, and the number of parameters and updates stays as it is.
 VARIANTS = {
     "mdm": {"latent_size": 0},
@@ -138,13 +136,13 @@ def show_reloaded(folder: str) -> None:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", default=str(RECIPES / "d1.yaml"))
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["mdm", "vmd"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--output_dir", default="outputs/quick_start")
-    options, overrides = parser.parse_known_args(argv)
+    options, recipe_arguments = parser.parse_known_args(argv)
+    if not (recipe_arguments and recipe_arguments[0].endswith(".yaml")):
+        recipe_arguments = [str(Path(__file__).parent / "recipes" / "d1.yaml"), *recipe_arguments]
 
-    recipe_arguments = [options.recipe, *overrides]
     data_args = parse(recipe_arguments)[1]
     target = target_distribution(data_args.setting, data_args.correlation)
     results, maps = [], {}

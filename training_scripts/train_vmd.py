@@ -46,7 +46,7 @@ class ModelArguments:
     objective: Literal["vmd", "per_sample", "per_step"] = "vmd"
     objective_steps: list[int] = field(default_factory=lambda: [1, 2, 4])
     kl_weight: float = 1.0
-    kl_warmup_ratio: float = field(default=0.3, metadata={"help": "Share of training over which the KL term grows."})
+    kl_warmup_ratio: float = field(default=0.5, metadata={"help": "Share of training over which the KL term grows."})
     free_bits: float = 0.0
     hidden_dropout: float = 0.0
     ema_decay: float | None = field(default=None, metadata={"help": "Keep an average of the weights and use it."})

@@ -48,8 +48,8 @@ class VMDConfig(PreTrainedConfig):
         objective_steps: Numbers of sampling steps that `per_sample` and `per_step` train for; one is drawn for
             each row.
         kl_weight: Weight (beta) of the KL term.
-        kl_warmup_steps: Training-mode forward passes over which the weight of the KL term grows linearly from 0 to
-            `kl_weight`. Without it the posterior tends to collapse. 0 turns it off.
+        kl_warmup_steps: Training-mode forward passes over which the weight of the KL term grows from 0 to `kl_weight`, as
+            the cube of their share. Without it the posterior tends to collapse. 0 turns it off.
         free_bits: Lower bound, in nats for each row and latent dimension, under which the KL term is not pushed
             (training mode only).
         time_epsilon: Smallest time of the `vmd` objective: `t = eps + (1 - eps) u`.

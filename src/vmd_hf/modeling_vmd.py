@@ -494,7 +494,8 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         kl_loss = (weight * kl_elements.maximum(free).sum(-1)).sum() / num_items if self.config.free_bits else kl
         if self.config.kl_warmup_steps:
             self.kl_warmup_progress += 1
-            beta = beta * (self.kl_warmup_progress / self.config.kl_warmup_steps).clamp(max=1)
+            # Cubic: the latent is learned while it is almost free. Under a linear one part of it is given up early.
+            beta = beta * (self.kl_warmup_progress / self.config.kl_warmup_steps).clamp(max=1) ** 3
         return kl.detach(), beta * kl_loss
 
 
