@@ -1,8 +1,10 @@
 """Configuration of Variational Masked Diffusion models (arXiv 2510.23606)."""
 
+from functools import wraps
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -35,8 +37,9 @@ class VMDConfig(PreTrainedConfig):
         intermediate_size: Width of the feed-forward layers; `None` means `4 * hidden_size`.
         hidden_act: Activation of the feed-forward layers, a name that transformers knows.
         max_position_embeddings: Longest sequence. A hard limit with `position_embedding_type="learned"`.
-        position_embedding_type: `"rotary"`, `"learned"` (a table of `max_position_embeddings` rows added to the
-            embeddings) or `"none"` (only `position_groups` tell the positions apart).
+        position_embedding_type: `"rotary"` (cannot tell positions apart where every token is masked), `"learned"` (a
+            table of `max_position_embeddings` rows added to the embeddings) or `"none"` (only `position_groups` tell
+            the positions apart).
         position_groups: Lists of `max_position_embeddings` group numbers, one list a grouping: position `i` gets the
             embedding of its group in each of them, added to the token embedding. A grid has rows and columns.
         rope_parameters: Rotary settings as everywhere in transformers (`rope_type`, `rope_theta`, ...).
@@ -48,8 +51,8 @@ class VMDConfig(PreTrainedConfig):
         objective_steps: Numbers of sampling steps that `per_sample` and `per_step` train for; one is drawn for
             each row.
         kl_weight: Weight (beta) of the KL term.
-        kl_warmup_steps: Training-mode forward passes over which the weight of the KL term grows from 0 to `kl_weight`, as
-            the cube of their share. Without it the posterior tends to collapse. 0 turns it off.
+        kl_warmup_steps: Training-mode forward passes over which the weight of the KL term grows from 0 to
+            `kl_weight`, as the cube of their share. Without it the posterior tends to collapse. 0 turns it off.
         free_bits: Lower bound, in nats for each row and latent dimension, under which the KL term is not pushed
             (training mode only).
         time_epsilon: Smallest time of the `vmd` objective: `t = eps + (1 - eps) u`.
@@ -66,14 +69,14 @@ class VMDConfig(PreTrainedConfig):
     """
 
     model_type = "vmd"
-    keys_to_ignore_at_inference = (
+    keys_to_ignore_at_inference = [  # noqa: RUF012, the Trainer adds a list to it
         "reconstruction_loss",
         "kl",
         "kl_per_latent",
         "posterior_mean",
         "hidden_states",
         "attentions",
-    )
+    ]
 
     vocab_size: int = 32_000
     hidden_size: int = 768
@@ -109,6 +112,8 @@ class VMDConfig(PreTrainedConfig):
         # person writes may not.
         if self.transformers_version is None and (unknown := sorted(set(kwargs) - _BASE_KEYWORDS)):
             raise ValueError(f"VMDConfig knows no argument {', '.join(map(repr, unknown))}")
+        if kwargs.get("model_type", self.model_type) != self.model_type:
+            raise ValueError(f"model_type must be {self.model_type!r}, got {kwargs['model_type']!r}")
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         self.objective_steps = list(self.objective_steps)
@@ -179,6 +184,23 @@ class VMDConfig(PreTrainedConfig):
             raise ValueError(
                 f"mask_token_id must differ from pad_token_id and eos_token_id, got {self.mask_token_id} for both"
             )
+
+
+def _with_value_errors(function):
+    """The errors of `@strict` are no ValueErrors, which users catch."""
+
+    @wraps(function)
+    def wrapper(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from error
+
+    return wrapper
+
+
+VMDConfig.__init__ = _with_value_errors(VMDConfig.__init__)
+VMDConfig.validate = _with_value_errors(VMDConfig.validate)
 
 
 __all__ = ["VMDConfig"]

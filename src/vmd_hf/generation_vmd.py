@@ -286,6 +286,10 @@ class VMDGenerationMixin:
         except OSError:
             pass  # a checkpoint without the file keeps the defaults of its model config
 
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        """Read by PEFT's causal language model wrapper; `generate` does not need it."""
+        return {"input_ids": input_ids, **kwargs}
+
     @torch.no_grad()
     def generate(
         self,
@@ -368,7 +372,10 @@ class VMDGenerationMixin:
             if stopping_criteria is not None:
                 stopped |= stopping_criteria(sequences, None)
             if streamer is not None:
-                prefix_streamer.put(sequences, masked)
+                final = sequences
+                if config.max_new_tokens is not None:
+                    final = pad_after_eos(sequences, config.max_new_tokens, config.eos_token_id, config.pad_token_id)
+                prefix_streamer.put(final, masked)
 
         if config.max_new_tokens is not None:
             sequences = pad_after_eos(sequences, config.max_new_tokens, config.eos_token_id, config.pad_token_id)
@@ -433,8 +440,9 @@ class VMDGenerationMixin:
             raise ValueError(
                 f"generation_config must be a VMDGenerationConfig, got {type(generation_config).__name__}"
             )
-        if unknown := config.update(**kwargs):
+        if unknown := kwargs.keys() - vars(config).keys():
             raise ValueError(f"generate knows no argument {', '.join(map(repr, sorted(unknown)))}")
+        config.update(**kwargs)
         return config
 
     def _check_generation_inputs(self, input_ids, attention_mask, latents, generator, config):

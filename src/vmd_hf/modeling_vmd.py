@@ -1,5 +1,6 @@
 """Variational Masked Diffusion models (arXiv 2510.23606): backbone, latent encoder, and the model with its loss."""
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -117,7 +118,7 @@ class VMDLayer(GradientCheckpointingLayer):
         self, hidden_states, attention_mask=None, position_embeddings=None, conditioning=None, **kwargs
     ) -> torch.Tensor:
         # conditioning: (batch, 1, conditioning_size) or None, the null latent: no modulation at all
-        modulation = [None] * 6 if conditioning is None else self.modulation(conditioning)
+        modulation = [None] * 6 if conditioning is None else self.modulation(conditioning).chunk(6, dim=-1)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation
         update, _ = self.attention(
             modulate(self.attention_norm(hidden_states), shift_1, scale_1),
@@ -137,17 +138,13 @@ class VMDModulation(nn.Linear):
     def __init__(self, config: VMDConfig):
         super().__init__(config.conditioning_size, 6 * config.hidden_size)
 
-    def forward(self, conditioning):
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = super().forward(conditioning).chunk(6, dim=-1)
-        return shift_1, 1 + scale_1, 1 + gate_1, shift_2, 1 + scale_2, 1 + gate_2
-
 
 def modulate(hidden_states, shift, scale):
-    return hidden_states if scale is None else torch.addcmul(shift, hidden_states, scale)
+    return hidden_states if scale is None else torch.addcmul(shift, hidden_states, 1 + scale)
 
 
 def add_gated(residual, update, gate):
-    return residual + update if gate is None else torch.addcmul(residual, gate, update)
+    return residual + update if gate is None else torch.addcmul(residual, 1 + gate, update)
 
 
 class VMDPreTrainedModel(PreTrainedModel):
@@ -163,15 +160,20 @@ class VMDPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": VMDLayer, "attentions": VMDAttention}  # noqa: RUF012
 
+    def save_pretrained(self, *args, **kwargs):
+        """As everywhere; a config that was loaded with code names none unless the code is saved, too."""
+        if self._auto_class is None and hasattr(self.config, "auto_map"):
+            del self.config.auto_map
+        return super().save_pretrained(*args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, VMDModulation):
             init.zeros_(module.weight)
-        elif isinstance(module, VMDConditioner):
+        elif isinstance(module, VMDLatentLinear):
             # z is of unit scale, unlike hidden states behind a norm: keep its variance through the two maps.
-            for linear in (module.in_proj, module.out_proj):
-                init.normal_(linear.weight, std=linear.in_features**-0.5)
+            init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, VMDForMaskedDiffusion):
             init.zeros_(module.kl_warmup_progress)
 
@@ -182,7 +184,9 @@ class VMDEmbeddings(nn.Module):
     def __init__(self, config: VMDConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        never_real = config.pad_token_id in config.forbidden_token_ids  # a pad token that ends texts must learn
+        padding_idx = config.pad_token_id if never_real else None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=padding_idx)
         learned = config.position_embedding_type == "learned"
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
         groups = config.position_groups or []
@@ -206,17 +210,29 @@ class VMDEmbeddings(nn.Module):
         return hidden_states
 
 
+class VMDLatentLinear(nn.Linear):
+    """A linear layer with an initialisation of its own (see `VMDPreTrainedModel._init_weights`, which transformers
+    calls only for modules that have parameters themselves)."""
+
+
 class VMDConditioner(nn.Module):
     """Latent (batch, latent_size) to conditioning vector (batch, conditioning_size)."""
 
     def __init__(self, config: VMDConfig):
         super().__init__()
-        self.in_proj = nn.Linear(config.latent_size, config.conditioning_size)
-        self.out_proj = nn.Linear(config.conditioning_size, config.conditioning_size)
+        self.in_proj = VMDLatentLinear(config.latent_size, config.conditioning_size)
+        self.out_proj = VMDLatentLinear(config.conditioning_size, config.conditioning_size)
         self.act = nn.SiLU()
 
     def forward(self, latents):
         return self.act(self.out_proj(self.act(self.in_proj(latents))))
+
+
+def register_lora_targets() -> None:
+    """Lets `LoraConfig()` do without target modules. At construction: PEFT may be imported after this module."""
+    if (peft := sys.modules.get("peft")) is not None:
+        targets = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        targets.setdefault(VMDConfig.model_type, ["qkv_proj", "o_proj"])
 
 
 def row_positions(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -348,6 +364,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
 
     def __init__(self, config: VMDConfig):
         super().__init__(config)
+        register_lora_targets()
         self.model = VMDModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.latent_encoder = VMDLatentEncoder(config) if config.latent_size else None
@@ -436,7 +453,8 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         logits = self.compute_logits(outputs.last_hidden_state[rows, columns])
         reconstruction = row_cross_entropy(logits, input_ids[rows, columns], rows, len(input_ids))
 
-        num_items = maskable.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        num_items = maskable.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        num_items = num_items.clamp(min=1)
         reconstruction_loss = (corruption.weight * reconstruction).sum() / num_items
         kl, kl_loss = self._kl_terms(kl_elements, corruption, num_items)
         return VMDMaskedDiffusionOutput(

@@ -104,7 +104,7 @@ def hashed_noise(
     seed = _mix(tokens.sum(-1))
     dimensions = torch.arange(1, latent_size + 1, device=input_ids.device)
     # Streams: 0 for the time, positive for positions, negative for latent dimensions.
-    latent_uniform = _uniform(seed[:, None] - dimensions * _GOLDEN) + 2**-25
+    latent_uniform = (_uniform(seed[:, None] - dimensions * _GOLDEN) + 2**-25).clamp(max=1 - 2**-24)
     return (
         _uniform(seed),
         _uniform(seed[:, None] + positions * _GOLDEN),

@@ -52,14 +52,14 @@ class VMDMetricsCallback(TrainerCallback):
 
     def _attach(self, model):
         if model is not None and model is not self._model:
-            model.register_forward_hook(self._record)
+            model.register_forward_hook(self._record, with_kwargs=True)
             self._model = model
 
     @torch.compiler.disable
-    def _record(self, module, args, output):
+    def _record(self, module, args, kwargs, output):
         if getattr(output, "reconstruction_loss", None) is None:
             return
-        rows = 1 if output.kl_per_latent is None else len(output.kl_per_latent)
+        rows = len(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
         self._sums[module.training].add(output, rows, output.kl.device)
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
@@ -68,6 +68,10 @@ class VMDMetricsCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._attach(model)
         self._last_logged_step = state.global_step
+        self._sums[True] = _Sums()
+
+    def on_predict(self, args, state, control, metrics=None, **kwargs):
+        self._sums[False] = _Sums()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:

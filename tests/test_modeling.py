@@ -1,0 +1,1092 @@
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import (
+    MASK,
+    OBJECTIVES,
+    PAD,
+    digits,
+    normal,
+    pad_row,
+    posterior_of_row,
+    randomise,
+    tiny_config,
+    tiny_model,
+    uniform,
+)
+from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertForMaskedLM
+
+from vmd_hf import VMDForMaskedDiffusion, VMDModel
+
+GRID = [[i // 4 for i in range(16)], [i % 4 for i in range(16)]]
+POSITIONS = {
+    "rotary": {"position_embedding_type": "rotary"},
+    "learned": {"position_embedding_type": "learned"},
+    "groups": {"position_embedding_type": "none", "position_groups": GRID},
+    "rotary and groups": {"position_embedding_type": "rotary", "position_groups": GRID},
+}
+
+
+def some_masked(input_ids, seed=7):
+    return input_ids.masked_fill(uniform(*input_ids.shape, seed=seed) < 0.5, MASK)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Denoising: forward without labels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_logits_have_the_shape_and_the_forbidden_tokens_of_the_config():
+    logits = tiny_model()(input_ids=some_masked(digits(3, 6))).logits
+    assert logits.shape == (3, 6, 12)
+    assert logits[..., [MASK, PAD]].eq(-math.inf).all()
+    assert logits[..., :MASK].isfinite().all()
+
+
+def test_a_pad_token_that_ends_texts_may_be_predicted():
+    logits = tiny_model(pad_token_id=9, eos_token_id=9)(input_ids=digits(1, 4)).logits
+    assert logits[..., 9].isfinite().all()
+    assert logits[..., MASK].eq(-math.inf).all()
+
+
+def test_the_default_latent_is_zero():
+    model, x_t = tiny_model(), some_masked(digits(2, 5))
+    assert torch.equal(model(x_t).logits, model(x_t, latents=torch.zeros(2, 4)).logits)
+
+
+def test_the_latent_changes_the_logits_of_its_own_row_only():
+    model, x_t = tiny_model(), some_masked(digits(1, 5)).repeat(3, 1)
+    z = normal(3, 4)
+    z[2] = 0
+    logits = model(x_t, latents=z).logits[..., :MASK]
+    assert (logits[0] - logits[1]).abs().max() > 0.1
+    torch.testing.assert_close(logits[2], model(x_t).logits[2, :, :MASK])
+    torch.testing.assert_close(logits[:1], model(x_t[:1], latents=z[:1]).logits[..., :MASK])
+
+
+@pytest.mark.parametrize("position", list(POSITIONS))
+def test_a_fresh_model_is_a_plain_masked_diffusion_model(position):
+    """The modulation starts as the identity: z has no effect, and the logits are those without the latent path."""
+    with_latent = VMDForMaskedDiffusion(tiny_config(initializer_range=0.3, **POSITIONS[position])).eval()
+    plain = VMDForMaskedDiffusion(tiny_config(latent_size=0, **POSITIONS[position])).eval()
+    missing, unexpected = plain.load_state_dict(with_latent.state_dict(), strict=False)
+    assert not missing
+    assert all("modulation" in name or "conditioner" in name or "latent_encoder" in name for name in unexpected)
+
+    x_t = some_masked(digits(3, 6))
+    expected = plain(x_t).logits
+    assert expected[..., :MASK].std() > 0.1
+    for z in (None, torch.zeros(3, 4), 10 * normal(3, 4)):
+        torch.testing.assert_close(with_latent(x_t, latents=z).logits, expected)
+
+
+def test_a_model_without_a_latent_has_no_latent_parameters():
+    names = [name for name, _ in VMDForMaskedDiffusion(tiny_config(latent_size=0)).named_parameters()]
+    assert not [name for name in names if "latent" in name or "modulation" in name or "conditioner" in name]
+
+
+def test_the_conditioning_vector_starts_at_the_scale_of_the_latent():
+    """z has unit variance; maps at `initializer_range` = 0.02 would leave almost nothing to modulate with."""
+    conditioner = VMDModel(tiny_config(latent_size=64, conditioning_size=256)).conditioner
+    z = normal(500, 64)
+    assert conditioner.in_proj(z).std().item() == pytest.approx(1, rel=0.1)
+    assert conditioner.out_proj(normal(500, 256)).std().item() == pytest.approx(1, rel=0.1)
+    assert conditioner(z).std(0).mean() > 0.1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"input_ids": torch.zeros(3, dtype=torch.long)}, r"input_ids must have shape \(batch, length\), got \(3,\)"),
+        ({"input_ids": torch.zeros(1, 2, 3, dtype=torch.long)}, r"input_ids.*got \(1, 2, 3\)"),
+        ({"input_ids": None}, "input_ids.*None"),
+        ({"attention_mask": torch.ones(2, 4)}, r"attention_mask.*\(2, 3\), got \(2, 4\)"),
+        ({"attention_mask": torch.ones(2, 1, 3, 3)}, r"attention_mask.*got \(2, 1, 3, 3\)"),
+        ({"position_ids": torch.zeros(1, 3, dtype=torch.long)}, r"position_ids.*\(2, 3\), got \(1, 3\)"),
+        ({"latents": torch.zeros(2, 5)}, r"latents.*\(2, 4\), got \(2, 5\)"),
+        ({"latents": torch.zeros(1, 4)}, r"latents.*\(2, 4\), got \(1, 4\)"),
+        ({"latents": torch.zeros(4)}, r"latents.*\(2, 4\), got \(4,\)"),
+    ],
+)
+def test_wrong_shapes_are_errors(arguments, message):
+    model = tiny_model()
+    for module in (model, model.model):
+        with pytest.raises(ValueError, match=message):
+            module(**({"input_ids": digits(2, 3)} | arguments))
+
+
+def test_latents_for_a_model_without_a_latent_are_an_error():
+    with pytest.raises(ValueError, match="latent_size = 0"):
+        tiny_model(latent_size=0)(digits(2, 3), latents=torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("position", ["learned", "groups"])
+def test_more_tokens_than_a_position_table_has_are_an_error(position):
+    model = tiny_model(**POSITIONS[position])
+    assert model(digits(1, 16)).logits.shape == (1, 16, 12)
+    with pytest.raises(ValueError, match=r"max_position_embeddings = 16.*17"):
+        model(digits(1, 17))
+
+
+def test_rotary_positions_have_no_hard_limit():
+    assert tiny_model()(digits(1, 40)).logits[..., :MASK].isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Padding, batches and attention implementations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("position", list(POSITIONS))
+def test_padding_on_either_side_leaves_the_logits_of_a_row_alone(position, side):
+    model = tiny_model(**POSITIONS[position])
+    x_t, z = some_masked(digits(1, 5)), normal(1, 4)
+    alone = model(x_t, latents=z).logits[0, :, :MASK]
+    mask = pad_row(torch.ones(5, dtype=torch.long), 9, side, 0)
+    for pad_token in (PAD, 3):  # what padding holds does not matter, and is not how it is recognised
+        padded = model(pad_row(x_t[0], 9, side, pad_token), attention_mask=mask, latents=z).logits[0, :, :MASK]
+        torch.testing.assert_close(padded[mask[0].bool()], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("position", list(POSITIONS))
+def test_padding_on_either_side_leaves_the_loss_of_a_row_alone(position, objective):
+    model, row = tiny_model(objective=objective, **POSITIONS[position]), digits(1, 5, seed=1)
+    labels = row.clone()
+    labels[0, 1] = -100  # context
+    alone = model(input_ids=row, labels=labels)
+    assert alone.reconstruction_loss > 0
+    assert alone.kl_per_latent > 0
+    for side in ("left", "right"):
+        padded = model(
+            input_ids=pad_row(row[0], 9, side, PAD),
+            attention_mask=pad_row(torch.ones_like(row[0]), 9, side, 0),
+            labels=pad_row(labels[0], 9, side, -100),
+        )
+        for name in ("loss", "reconstruction_loss", "kl", "kl_per_latent", "posterior_mean"):
+            torch.testing.assert_close(padded[name], alone[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_padded_batch_is_its_rows(objective):
+    model = tiny_model(objective=objective)
+    rows = [digits(1, length, seed=length)[0] for length in (3, 5, 7, 4)]
+    batch = {
+        "input_ids": torch.cat([pad_row(row, 7, side, PAD) for row, side in zip(rows, SIDES, strict=True)]),
+        "attention_mask": torch.cat(
+            [pad_row(torch.ones_like(row), 7, side, 0) for row, side in zip(rows, SIDES, strict=True)]
+        ),
+    }
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    together = model(**batch, labels=labels)
+    alone = [model(input_ids=row[None], labels=row[None]) for row in rows]
+    torch.testing.assert_close(
+        together.kl_per_latent, torch.cat([output.kl_per_latent for output in alone]), rtol=1e-5, atol=1e-5
+    )
+    # Summed over everything and divided by the number of labelled tokens: 3 + 5 + 7 + 4.
+    for name in ("loss", "reconstruction_loss", "kl"):
+        expected = sum(len(row) * output[name] for row, output in zip(rows, alone, strict=True)) / 19
+        torch.testing.assert_close(together[name], expected, rtol=1e-5, atol=1e-5)
+
+    z = normal(4, 4)
+    logits = model(**batch, latents=z).logits
+    for index, row in enumerate(rows):
+        expected = model(row[None], latents=z[index : index + 1]).logits[0]
+        actual = logits[index][batch["attention_mask"][index].bool()]
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+SIDES = ("left", "right", "left", "right")
+
+
+def test_given_positions_replace_the_counted_ones():
+    model, x_t = tiny_model(**POSITIONS["learned"]), some_masked(digits(1, 4))
+    counted = model(x_t).logits
+    assert torch.equal(model(x_t, position_ids=torch.arange(4)[None]).logits, counted)
+    assert (model(x_t, position_ids=torch.arange(4, 8)[None]).logits - counted)[..., :MASK].abs().max() > 0.1
+
+
+def test_attention_looks_both_ways():
+    model, x_t = tiny_model(), torch.tensor([[1, 2, MASK, 3, 4]])
+    for position in (0, 4):
+        other = x_t.clone()
+        other[0, position] = 7
+        difference = (model(x_t).logits - model(other).logits)[0, 2, :MASK]
+        assert difference.abs().max() > 1e-3
+
+
+def padded_batch():
+    rows = [digits(1, length, seed=length)[0] for length in (3, 7)]
+    mask = torch.cat([pad_row(torch.ones_like(row), 7, "left", 0) for row in rows])
+    return torch.cat([pad_row(row, 7, "left", PAD) for row in rows]), mask
+
+
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        "sdpa",
+        pytest.param(
+            "flex_attention",
+            marks=pytest.mark.skipif(
+                not torch.cuda.is_available(), reason="compiling flex attention takes half a minute on a CPU"
+            ),
+        ),
+    ],
+)
+def test_attention_implementations_agree(implementation):
+    device = "cuda" if implementation == "flex_attention" and torch.cuda.is_available() else "cpu"
+    model = tiny_model().to(device)
+    input_ids, mask = (tensor.to(device) for tensor in padded_batch())
+    z = normal(2, 4).to(device)
+    labels = input_ids.masked_fill(mask == 0, -100)
+    results = []
+    for name in ("eager", implementation):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            plain = model(some_masked(digits(2, 6)).to(device), latents=z).logits
+            padded = model(input_ids, attention_mask=mask, latents=z).logits[mask.bool()]
+            loss = model(input_ids, attention_mask=mask, labels=labels).loss
+        results.append((plain, padded, loss))
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What transformers expects of a model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_hidden_states_on_request(with_labels):
+    model, input_ids = tiny_model(), digits(2, 5)
+    labels = input_ids if with_labels else None
+    assert model(input_ids, labels=labels).hidden_states is None
+    hidden_states = model(input_ids, labels=labels, output_hidden_states=True).hidden_states
+    # The embeddings and the two layers of the denoiser; the latent encoder's are not among them.
+    assert [tuple(states.shape) for states in hidden_states] == [(2, 5, 32)] * 3
+    if not with_labels:
+        torch.testing.assert_close(hidden_states[0], model.model.embeddings(input_ids, None))
+        torch.testing.assert_close(hidden_states[-1], model.model(input_ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_attention_weights_on_request(with_labels):
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    input_ids, mask = padded_batch()
+    labels = input_ids.masked_fill(mask == 0, -100) if with_labels else None
+    attentions = model(input_ids, attention_mask=mask, labels=labels, output_attentions=True).attentions
+    assert [tuple(weights.shape) for weights in attentions] == [(2, 4, 7, 7)] * 2
+    for weights in attentions:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 7))
+        assert weights[0, :, :, :4].max() < 1e-6  # the first row has four pads on the left
+
+
+def test_a_tuple_on_request():
+    model, input_ids = tiny_model(), digits(2, 5)
+    assert torch.equal(model(input_ids, return_dict=False)[0], model(input_ids).logits)
+    assert torch.equal(
+        model(input_ids, labels=input_ids, return_dict=False)[0], model(input_ids, labels=input_ids).loss
+    )
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    input_ids = digits(4, 6)
+    noise = {"times": uniform(4), "position_noise": uniform(4, 6, seed=1), "latent_noise": normal(4, 4)}
+    gradients, num_calls = [], []
+    for checkpointing in (False, True):
+        model = tiny_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        calls = []
+        model.model.layers[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model(input_ids=input_ids, labels=input_ids, **noise).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        num_calls.append(len(calls))
+    assert num_calls == [1, 2]  # the layer did run again
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_word_embeddings_are_tied_as_the_config_says(tied, tmp_path):
+    model = tiny_model(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    for current in (model, VMDForMaskedDiffusion.from_pretrained(tmp_path)):
+        assert (current.lm_head.weight is current.get_input_embeddings().weight) == tied
+        assert current.get_output_embeddings() is current.lm_head
+    assert ("lm_head.weight" in dict(model.named_parameters())) != tied
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_vocabulary_can_grow(tied, tmp_path):
+    model, input_ids = tiny_model(tie_word_embeddings=tied), digits(2, 5)
+    before = model(input_ids).logits
+    model.resize_token_embeddings(20)
+    assert model.config.vocab_size == model.model.config.vocab_size == 20
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+
+    model.save_pretrained(tmp_path)
+    for current in (model, VMDForMaskedDiffusion.from_pretrained(tmp_path)):
+        logits = current(input_ids).logits
+        assert logits.shape == (2, 5, 20)
+        torch.testing.assert_close(logits[..., :12], before)
+        assert logits[..., 12:].isfinite().all()
+        assert logits[..., [MASK, PAD]].eq(-math.inf).all()
+        new_tokens = torch.tensor([[12, 19, 3]])
+        assert current(new_tokens, labels=new_tokens).loss.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    torch.manual_seed(0)
+    model, input_ids = VMDForMaskedDiffusion(tiny_config()).eval(), digits(4, 6)
+    expected = model(input_ids, labels=input_ids)
+    model = model.to(dtype)
+    logits = model(input_ids, latents=normal(4, 4)).logits
+    assert logits.dtype == dtype
+    assert logits[..., :MASK].isfinite().all()
+    output = model(input_ids, labels=input_ids)
+    output.loss.backward()
+    assert model.kl_warmup_progress.dtype == torch.long
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    for name in ("loss", "reconstruction_loss", "kl", "kl_per_latent"):
+        assert output[name].dtype == torch.float32
+        torch.testing.assert_close(output[name], expected[name], rtol=0.05, atol=0.02)
+
+
+def test_autocast():
+    torch.manual_seed(0)
+    model, input_ids = VMDForMaskedDiffusion(tiny_config()).eval(), digits(4, 6)
+    expected = model(input_ids, labels=input_ids).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(input_ids).logits.dtype == torch.bfloat16
+        loss = model(input_ids, labels=input_ids).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=0.05, atol=0.02)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "dropout, silenced",
+    [
+        ("attention_dropout", "mlp.down_proj"),
+        ("hidden_dropout", "mlp.down_proj"),  # drops what the attention adds
+        ("hidden_dropout", "attention.o_proj"),  # drops what the feed-forward layer adds
+    ],
+)
+def test_dropout_acts_in_training_only(dropout, silenced, implementation):
+    model, input_ids = tiny_model(**{dropout: 0.5}), digits(2, 6)
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.get_submodule(silenced).weight.zero_()
+    assert torch.equal(model(input_ids).logits, model(input_ids).logits)
+    model.train()
+    assert not torch.equal(model(input_ids).logits, model(input_ids).logits)
+
+
+@pytest.mark.parametrize("position", list(POSITIONS))
+def test_save_and_load(position, tmp_path):
+    model = tiny_model(kl_warmup_steps=10, objective="per_sample", **POSITIONS[position])
+    model.kl_warmup_progress.fill_(3)
+    model.save_pretrained(tmp_path)
+    x_t, z = some_masked(digits(2, 6)), normal(2, 4)
+    for loader in (VMDForMaskedDiffusion, AutoModelForMaskedLM):
+        loaded, report = loader.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(loaded) is VMDForMaskedDiffusion
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        assert not loaded.training
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+        for name, value in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value), name
+        assert loaded.kl_warmup_progress == 3
+        assert torch.equal(loaded(x_t, latents=z).logits, model(x_t, latents=z).logits)
+        assert torch.equal(
+            loaded(digits(2, 6), labels=digits(2, 6)).loss, model(digits(2, 6), labels=digits(2, 6)).loss
+        )
+
+
+def test_the_backbone_loads_from_the_whole_model_and_the_other_way_round(tmp_path):
+    model, x_t = tiny_model(**POSITIONS["rotary and groups"]), some_masked(digits(2, 6))
+    model.save_pretrained(tmp_path / "whole")
+    for loader in (VMDModel, AutoModel):
+        backbone = loader.from_pretrained(tmp_path / "whole")
+        assert type(backbone) is VMDModel
+        assert torch.equal(backbone(x_t).last_hidden_state, model.model(x_t).last_hidden_state)
+
+    backbone.save_pretrained(tmp_path / "backbone")
+    loaded = VMDForMaskedDiffusion.from_pretrained(tmp_path / "backbone")
+    assert torch.equal(loaded(x_t).logits, model(x_t).logits)
+    assert loaded.kl_warmup_progress == 0  # missing in the file: must not be left as it was in memory
+    assert loaded(digits(2, 6), labels=digits(2, 6)).loss.isfinite()
+
+
+def test_loading_in_low_precision_keeps_counters_whole(tmp_path):
+    model = tiny_model(kl_warmup_steps=1000, **POSITIONS["groups"])
+    model.kl_warmup_progress.fill_(301)  # not a bfloat16 number
+    model.save_pretrained(tmp_path)
+    loaded = VMDForMaskedDiffusion.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.kl_warmup_progress.item() == 301
+    assert loaded.model.embeddings.position_groups.tolist() == GRID
+
+
+def test_a_checkpoint_of_another_model_type_is_an_error(tmp_path):
+    config = BertConfig(
+        vocab_size=12, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+    )
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="bert"):
+        VMDForMaskedDiffusion.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["qkv_proj"], ["modulation"]])
+def test_low_rank_adapters_can_be_put_on_every_linear_layer(targets):
+    peft = pytest.importorskip("peft")
+    model, input_ids = tiny_model(), digits(2, 5)
+    expected = model(input_ids, labels=input_ids).loss
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets)).eval()
+    loss = adapted(input_ids=input_ids, labels=input_ids).loss
+    torch.testing.assert_close(loss, expected)  # an adapter starts without effect
+    loss.backward()
+    assert all(parameter.grad is not None for name, parameter in adapted.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_pad_token_that_ends_texts_has_an_embedding_that_learns(tied):
+    """As an end-of-sequence token it is context that the model must be able to tell from nothing."""
+    torch.manual_seed(0)
+    model = VMDForMaskedDiffusion(tiny_config(pad_token_id=9, eos_token_id=9, latent_size=0, tie_word_embeddings=tied))
+    embedding = model.get_input_embeddings().weight
+    assert embedding[9].abs().max() > 0
+    # Only what the embedding does as an input: the logits of a fixed vector do not enter.
+    model.model(torch.tensor([[1, 9, MASK]])).last_hidden_state[0, 2].square().mul(torch.arange(32)).sum().backward()
+    assert embedding.grad[9].abs().max() > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What positions can tell
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_rotary_positions_alone_cannot_tell_masked_tokens_apart():
+    """A known limit: attention over equal values gives the same value everywhere, whatever its weights."""
+    model, canvas, z = tiny_model(), torch.full((1, 5), MASK), normal(1, 4)
+    logits = model(canvas, latents=z).logits[0, :, :MASK]
+    torch.testing.assert_close(logits, logits[:1].expand(5, -1), rtol=1e-5, atol=1e-5)
+    # One visible token is enough to break the tie.
+    canvas[0, 0] = 3
+    logits = model(canvas, latents=z).logits[0, 1:, :MASK]
+    assert (logits - logits[:1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("position", ["learned", "groups"])
+def test_position_tables_tell_masked_tokens_apart(position):
+    logits = tiny_model(**POSITIONS[position])(torch.full((1, 5), MASK)).logits[0, :, :MASK]
+    for first, second in itertools.combinations(logits, 2):
+        assert (first - second).abs().max() > 1e-2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def loss_batch(batch_size=6, length=7):
+    """Rows with padding on both sides, context in places, and one that is nothing but context; explicit noise."""
+    input_ids, attention_mask = digits(batch_size, length), torch.ones(batch_size, length, dtype=torch.long)
+    attention_mask[1, :2] = 0
+    attention_mask[2, 4:] = 0
+    input_ids[attention_mask == 0] = PAD
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    labels[1, 3] = labels[3, 0] = labels[4, 2] = labels[4, 5] = -100
+    labels[5] = -100
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    return batch, explicit_noise(batch_size, length)
+
+
+def explicit_noise(batch_size, length, seed=0):
+    return {
+        "times": uniform(batch_size, seed=seed + 11),
+        "position_noise": uniform(batch_size, length, seed=seed + 12),
+        "latent_noise": normal(batch_size, 4, seed=seed + 13),
+    }
+
+
+def state_by_hand(config, maskable, time, noise):
+    """(masked, revealed, weight) of one row: lists of positions, and the factor of its reconstruction term."""
+    if config.objective == "vmd":
+        masked = [position for position in maskable if noise[position] < time]
+        return masked, masked, 1 / time
+    choice = time * len(config.objective_steps)
+    row_steps = min(config.objective_steps[int(choice)], len(maskable))
+    step = int((choice - int(choice)) * row_steps) + 1
+    order = sorted(maskable, key=lambda position: noise[position])
+    start, end = (step - 1) * len(order) // row_steps, step * len(order) // row_steps
+    return order[start:], order[start:end], row_steps
+
+
+def slow_loss(model, batch, noise):
+    """Reconstruction and KL terms over the number of labels, and the KL of each row: row by row, token by token."""
+    config, reconstruction, kl, kl_of_rows = model.config, 0.0, 0.0, []
+    for index, (row, mask, labels) in enumerate(zip(*batch.values(), strict=True)):
+        keep = mask.nonzero().flatten()
+        row, labels = row[keep], labels[keep].tolist()
+        maskable = [position for position, label in enumerate(labels) if label != -100]
+        kl_of_rows.append(0.0)
+        if not maskable:
+            continue
+        row_noise = noise["position_noise"][index, keep].tolist()
+        masked, revealed, weight = state_by_hand(config, maskable, noise["times"][index].item(), row_noise)
+        if not revealed:
+            continue
+        # The posterior of `per_sample` has to serve all steps: everything is masked.
+        flags = (maskable, maskable) if config.objective == "per_sample" else (masked, revealed)
+        mean, log_variance = posterior_of_row(model, row, *flags)
+        z = mean + log_variance.exp().sqrt() * noise["latent_noise"][index]
+        x_t = row.clone()
+        x_t[masked] = MASK
+        log_probability = model(x_t[None], latents=z[None]).logits[0].log_softmax(-1)
+        reconstruction -= weight * sum(log_probability[position, row[position]] for position in revealed)
+        kl_of_row = 0.5 * sum(mean**2 + log_variance.exp() - 1 - log_variance)
+        kl_of_rows[-1] = kl_of_row.item()
+        kl += kl_of_row * (1 if config.objective == "per_sample" else weight)
+    num_labels = (batch["labels"] != -100).sum()
+    return reconstruction / num_labels, kl / num_labels, torch.tensor(kl_of_rows)
+
+
+@pytest.mark.parametrize("seed", [0, 100])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_loss_is_the_loop_over_rows_and_tokens(objective, training, seed):
+    model = tiny_model(objective=objective, objective_steps=[2, 1, 4], kl_weight=0.7).train(training)
+    batch, _ = loss_batch()
+    noise = explicit_noise(6, 7, seed)
+    with torch.no_grad():
+        output = model(**batch, **noise)
+        reconstruction, kl, kl_of_rows = slow_loss(model, batch, noise)
+    torch.testing.assert_close(output.reconstruction_loss, reconstruction, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.kl, kl, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.kl_per_latent, kl_of_rows, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.loss, reconstruction + 0.7 * kl, rtol=1e-5, atol=1e-5)
+    assert output.logits is None
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_gradient_is_that_of_the_loop_over_rows_and_tokens(objective):
+    """In particular both mean and variance of the posterior learn through z."""
+    model, (batch, noise) = tiny_model(objective=objective).train(), loss_batch()
+    parameters = dict(model.named_parameters())
+    reconstruction, kl, _ = slow_loss(model, batch, noise)
+    expected = torch.autograd.grad(reconstruction + kl, list(parameters.values()))
+    actual = torch.autograd.grad(model(**batch, **noise).loss, list(parameters.values()))
+    for name, first, second in zip(parameters, actual, expected, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5 * second.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_without_a_latent_the_loss_is_the_reconstruction(objective):
+    batch, noise = loss_batch()
+    del noise["latent_noise"]
+    output = tiny_model(latent_size=0, objective=objective)(**batch, **noise)
+    assert torch.equal(output.loss, output.reconstruction_loss)
+    assert output.kl == 0
+    assert output.kl_per_latent is None and output.posterior_mean is None
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_loss_is_the_sum_of_the_terms_that_are_reported(objective, training):
+    model = tiny_model(objective=objective, kl_weight=0.3, kl_warmup_steps=5).train(training)
+    model.kl_warmup_progress.fill_(5)
+    input_ids = digits(5, 6)
+    output = model(input_ids=input_ids, labels=input_ids)
+    torch.testing.assert_close(output.loss, output.reconstruction_loss + 0.3 * output.kl)
+
+
+def test_the_given_number_of_items_is_the_normaliser():
+    model, (batch, noise) = tiny_model(), loss_batch()
+    num_labels = (batch["labels"] != -100).sum().item()
+    own = model(**batch, **noise)
+    for num_items in (num_labels, torch.tensor(3 * num_labels)):
+        given = model(**batch, **noise, num_items_in_batch=num_items)
+        for name in ("loss", "reconstruction_loss", "kl"):
+            torch.testing.assert_close(given[name] * num_items, own[name] * num_labels)
+        assert torch.equal(given.kl_per_latent, own.kl_per_latent)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_micro_batches_give_the_gradient_of_the_whole_batch(objective):
+    """Also with rows that are all context in one of them, as the Trainer accumulates."""
+    model = tiny_model(objective=objective, free_bits=0.1).train()
+    batch, noise = loss_batch(batch_size=8)
+    num_items = (batch["labels"] != -100).sum()
+    model(**batch, **noise, num_items_in_batch=num_items).loss.backward()
+    whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for start in range(0, 8, 2):
+        part = {name: value[start : start + 2] for name, value in (batch | noise).items()}
+        model(**part, num_items_in_batch=num_items).loss.backward()
+    for name, parameter in model.named_parameters():
+        scale = whole[name].abs().max().clamp(min=1)
+        torch.testing.assert_close(parameter.grad / scale, whole[name] / scale, rtol=0, atol=1e-6, msg=name)
+
+
+def test_the_kl_weight_warms_up_over_training_passes_and_goes_on_after_loading(tmp_path):
+    model = tiny_model(kl_weight=2.0, kl_warmup_steps=4).train()
+    batch, noise = loss_batch()
+
+    def factor(model):
+        output = model(**batch, **noise)
+        return ((output.loss - output.reconstruction_loss) / output.kl).item()
+
+    # kl_weight times the cube of the share of the warm-up that is done: 1/4, 2/4, 3/4, 1.
+    assert [factor(model) for _ in range(2)] == pytest.approx([2 / 64, 2 * 8 / 64], rel=1e-4)
+    model.eval()
+    assert factor(model) == pytest.approx(2, rel=1e-4)  # evaluation has the full weight, and does not count
+    model(digits(2, 3))
+    model.save_pretrained(tmp_path)
+    assert model.state_dict()["kl_warmup_progress"] == 2
+    loaded = VMDForMaskedDiffusion.from_pretrained(tmp_path).train()
+    expected = [2 * 27 / 64, 2, 2, 2]
+    assert [factor(loaded) for _ in range(4)] == pytest.approx(expected, rel=1e-4)
+    assert [factor(model.train()) for _ in range(4)] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_free_bits_are_a_floor_for_each_row_and_dimension(objective):
+    free_bits, kl_weight = 0.4, 0.5
+    model = tiny_model(objective=objective, free_bits=free_bits, kl_weight=kl_weight).train()
+    batch, noise = loss_batch()
+    noise["position_noise"][0] = 1.0  # nothing is masked under `vmd`, so nothing is owed
+    num_labels = (batch["labels"] != -100).sum()
+    expected, num_raised, num_kept = 0.0, 0, 0
+    with torch.no_grad():
+        output = model(**batch, **noise)
+        for index in range(5):  # the last row is all context
+            keep = batch["attention_mask"][index].nonzero().flatten()
+            maskable = (batch["labels"][index, keep] != -100).nonzero().flatten().tolist()
+            row_noise = noise["position_noise"][index, keep].tolist()
+            masked, revealed, weight = state_by_hand(model.config, maskable, noise["times"][index].item(), row_noise)
+            if not revealed:
+                continue
+            if objective == "per_sample":
+                masked, revealed, weight = maskable, maskable, 1
+            mean, log_variance = posterior_of_row(model, batch["input_ids"][index, keep], masked, revealed)
+            for m, v in zip(mean.tolist(), log_variance.tolist(), strict=True):
+                element = 0.5 * (m**2 + math.exp(v) - 1 - v)
+                expected += weight * max(element, free_bits)
+                num_raised, num_kept = num_raised + (element < free_bits), num_kept + (element >= free_bits)
+    assert num_raised and num_kept
+    actual = (output.loss - output.reconstruction_loss) * num_labels / kl_weight
+    assert actual.item() == pytest.approx(expected, rel=1e-4)
+    plain = tiny_model(objective=objective)(**batch, **noise)
+    torch.testing.assert_close(output.kl, plain.kl)  # what is reported is without the floor
+    model.eval()
+    output = model(**batch, **noise)
+    torch.testing.assert_close(output.loss, output.reconstruction_loss + kl_weight * output.kl)
+
+
+def test_below_the_floor_of_free_bits_the_kl_does_not_push():
+    model = tiny_model(free_bits=100.0).train()
+    batch, noise = loss_batch()
+    noise["position_noise"][:] = 0.0  # everything masked
+    output = model(**batch, **noise)
+    weights = 1 / noise["times"][:5]
+    expected = 100 * 4 * weights.sum() / (batch["labels"] != -100).sum()
+    torch.testing.assert_close(output.loss - output.reconstruction_loss, expected, rtol=1e-4, atol=0)
+    # The gradient is that of the reconstruction alone.
+    output.loss.backward()
+    other = tiny_model(kl_weight=0).train()
+    other(**batch, **noise).loss.backward()
+    for (name, parameter), plain in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, plain.grad, msg=name)
+
+
+def gradients_are_finite(model):
+    return all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("free_bits", [0.0, 0.5])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_batch_of_context_costs_nothing(objective, training, free_bits):
+    model = tiny_model(objective=objective, free_bits=free_bits, kl_warmup_steps=3).train(training)
+    input_ids = digits(3, 5)
+    output = model(input_ids=input_ids, labels=torch.full_like(input_ids, -100))
+    for name in ("loss", "reconstruction_loss", "kl"):
+        assert output[name] == 0
+    assert output.kl_per_latent.tolist() == [0, 0, 0]
+    assert output.posterior_mean.eq(0).all()
+    output.loss.backward()
+    assert gradients_are_finite(model)
+
+
+def test_a_window_of_context_costs_nothing_when_the_trainer_counts_no_label():
+    model, input_ids = tiny_model().train(), digits(3, 5)
+    output = model(input_ids=input_ids, labels=torch.full_like(input_ids, -100), num_items_in_batch=torch.tensor(0))
+    assert output.loss == 0
+    output.loss.backward()
+    assert gradients_are_finite(model)
+
+
+@pytest.mark.parametrize("free_bits", [0.0, 0.5])
+def test_rows_in_which_nothing_is_masked_cost_nothing(free_bits):
+    model, input_ids = tiny_model(free_bits=free_bits).train(), digits(3, 5)
+    noise = explicit_noise(3, 5) | {"position_noise": torch.ones(3, 5)}
+    output = model(input_ids=input_ids, labels=input_ids, **noise)
+    assert output.loss == 0 and output.kl == 0
+    output.loss.backward()
+    assert gradients_are_finite(model)
+
+    noise["position_noise"][1] = 0.0  # now the row in the middle is masked
+    together = model(input_ids=input_ids, labels=input_ids, **noise)
+    one = slice(1, 2)
+    alone = model(input_ids=input_ids[one], labels=input_ids[one], **{key: value[one] for key, value in noise.items()})
+    torch.testing.assert_close(together.loss * 15, alone.loss * 5)
+    assert (together.kl_per_latent != 0).tolist() == [False, True, False]
+    assert (together.posterior_mean != 0).any(-1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_row_of_padding_costs_nothing(implementation):
+    model, (input_ids, mask) = tiny_model().train(), padded_batch()
+    model.set_attn_implementation(implementation)
+    mask[1] = 0
+    labels = input_ids.masked_fill(mask == 0, -100)
+    noise = explicit_noise(2, 7)
+    output = model(input_ids=input_ids, attention_mask=mask, labels=labels, **noise)
+    output.loss.backward()
+    assert gradients_are_finite(model)
+    alone = model(
+        input_ids=input_ids[:1], attention_mask=mask[:1], labels=labels[:1], **{k: v[:1] for k, v in noise.items()}
+    )
+    torch.testing.assert_close(output.loss, alone.loss)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_evaluation_depends_on_nothing_but_the_row(objective):
+    model, input_ids = tiny_model(objective=objective), digits(6, 5)
+    first = model(input_ids=input_ids, labels=input_ids)
+    torch.manual_seed(99)
+    second = model(input_ids=input_ids, labels=input_ids)
+    for name in ("loss", "reconstruction_loss", "kl", "kl_per_latent", "posterior_mean"):
+        assert torch.equal(first[name], second[name])
+
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    shuffled = model(input_ids=input_ids[order], labels=input_ids[order])
+    torch.testing.assert_close(shuffled.kl_per_latent, first.kl_per_latent[order])
+    torch.testing.assert_close(shuffled.posterior_mean, first.posterior_mean[order])
+    torch.testing.assert_close(shuffled.loss, first.loss)
+    alone = [model(input_ids=row[None], labels=row[None]) for row in input_ids]
+    torch.testing.assert_close(torch.cat([output.kl_per_latent for output in alone]), first.kl_per_latent)
+    torch.testing.assert_close(sum(output.loss for output in alone) / 6, first.loss)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_training_noise_comes_from_the_default_generator(objective):
+    model, input_ids = tiny_model(objective=objective).train(), digits(6, 5)
+
+    def loss(seed):
+        torch.manual_seed(seed)
+        return model(input_ids=input_ids, labels=input_ids).loss.item()
+
+    assert loss(1) == loss(1)
+    assert len({loss(seed) for seed in range(5)}) == 5
+
+
+def spy_on_noisy_inputs(model):
+    """The list to which every x_t is appended that the denoiser is called with."""
+    seen = []
+
+    def record(module, args, kwargs):
+        seen.append((args[0] if args else kwargs["input_ids"]).clone())
+
+    model.model.register_forward_pre_hook(record, with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_context_and_padding_are_never_masked_and_everything_else_is(objective, training):
+    model = tiny_model(objective=objective).train(training)
+    seen, ever_masked = spy_on_noisy_inputs(model), 0
+    for seed in range(40):
+        batch, _ = loss_batch()
+        fresh = batch["attention_mask"].bool()
+        batch["input_ids"] = torch.where(fresh, digits(6, 7, seed=seed), PAD)
+        batch["labels"] = torch.where(batch["labels"] != -100, batch["input_ids"], -100)
+        with torch.no_grad():
+            model(**batch)
+        x_t = seen[-1]
+        masked = x_t == MASK
+        assert not (masked & (batch["labels"] == -100)).any()
+        assert torch.equal(x_t[~masked], batch["input_ids"][~masked])
+        ever_masked = ever_masked + masked.int()
+    assert len(seen) == 40
+    assert torch.equal(ever_masked > 0, batch["labels"] != -100)
+
+
+def test_times_are_stratified_over_the_batch_in_training():
+    """A row's share of masked tokens tells its time: of 8 rows, sorted, row i has (i + 1/2)/8 in the mean."""
+    model, input_ids = tiny_model(latent_size=0).train(), digits(8, 400)
+    seen = spy_on_noisy_inputs(model)
+    with torch.no_grad():
+        for _ in range(10):
+            model(input_ids=input_ids, labels=input_ids)
+    shares = (torch.stack(seen) == MASK).float().mean(-1).sort(-1).values
+    # Standard error of one share: 1/sqrt(4 * 400) = 0.025 from the masks and 1/8/sqrt(12) = 0.036 from the time.
+    middle = (torch.arange(8) + 0.5) / 8
+    assert (shares - middle).abs().max() < 1 / 16 + 4 * 0.025
+    assert (shares.mean(0) - middle).abs().max() < 4 * math.hypot(0.025, 0.036) / 10**0.5
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_time_epsilon_is_the_smallest_time_of_the_paper_s_objective(training):
+    input_ids = digits(8, 6)
+    for objective, all_masked in (("vmd", True), ("per_step", False)):
+        model = tiny_model(objective=objective, time_epsilon=0.9999).train(training)
+        seen = spy_on_noisy_inputs(model)
+        model(input_ids=input_ids, labels=input_ids)
+        assert (seen[0] == MASK).all() == all_masked
+
+
+def test_given_times_are_taken_as_they_are():
+    model, input_ids = tiny_model(latent_size=0, time_epsilon=0.5), digits(1, 4)
+    noise = {"times": torch.tensor([0.125]), "position_noise": torch.tensor([[0.1, 0.2, 0.9, 0.2]])}
+    output = model(input_ids=input_ids, labels=input_ids, **noise)
+    expected = 8 * cross_entropy_of(model, input_ids[0], [0], [0]) / 4  # weight 1/t, 4 labelled tokens
+    assert output.loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_given_noise_decides_what_is_masked():
+    model = tiny_model().train()
+    seen, input_ids = spy_on_noisy_inputs(model), digits(2, 4)
+    wanted = torch.tensor([[True, False, False, True], [False, True, True, True]])
+    position_noise = 1 - wanted.float()
+    for time in (1e-3, 0.5, 1.0):
+        model(
+            input_ids=input_ids, labels=input_ids, times=torch.full((2,), time), position_noise=position_noise
+        ).loss.backward()
+        assert torch.equal(seen[-1], input_ids.masked_fill(wanted, MASK))
+
+
+def test_inputs_and_labels_are_left_as_they_were():
+    batch, noise = loss_batch()
+    before = copy.deepcopy(batch | noise)
+    tiny_model().train()(**batch, **noise).loss.backward()
+    for name, value in (batch | noise).items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_reconstruction_reaches_the_latent_encoder(objective):
+    """Through z itself: the KL term is switched off."""
+    model = tiny_model(objective=objective, kl_weight=0).train()
+    batch, noise = loss_batch()
+    model(**batch, **noise).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_a_collapsed_start_still_teaches_the_modulation():
+    """At the start z has no effect, so the encoder gets no gradient from it, but the modulation does."""
+    torch.manual_seed(0)
+    model = VMDForMaskedDiffusion(tiny_config(kl_weight=0)).train()
+    batch, noise = loss_batch()
+    model(**batch, **noise).loss.backward()
+    for layer in model.model.layers:
+        assert layer.modulation.weight.grad.abs().max() > 0
+        assert layer.modulation.bias.grad.abs().max() > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The posterior
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_posterior_tells_visible_from_revealed_from_still_masked():
+    model, row = tiny_model(), torch.tensor([1, 2, 3, 4])
+    states = [([0], [0]), ([0, 1], [0]), ([0, 1], [0, 1]), ([0, 1], [1]), ([0, 1, 2], [0])]
+    means = [posterior_of_row(model, row, *state)[0] for state in states]
+    for first, second in itertools.combinations(means, 2):
+        assert (first - second).abs().max() > 1e-3
+
+
+def test_the_posterior_pools_over_the_tokens_that_are_revealed():
+    """Without attention each token speaks for itself: the posterior is the mean over those revealed, nothing else."""
+    model, row = tiny_model(), torch.tensor([1, 2, 3, 4])
+    with torch.no_grad():
+        for layer in model.latent_encoder.layers:
+            layer.attention.o_proj.weight.zero_()
+    both = posterior_of_row(model, row, [0, 1, 2], [0, 2])
+    alone = [posterior_of_row(model, row, [0, 1, 2], [position]) for position in (0, 2)]
+    others_changed = posterior_of_row(model, torch.tensor([1, 9, 3, 8]), [0, 1, 2], [0, 2])
+    for index in range(2):  # mean and log-variance are linear in what is pooled
+        torch.testing.assert_close(both[index], (alone[0][index] + alone[1][index]) / 2)
+        torch.testing.assert_close(both[index], others_changed[index])
+
+
+def test_the_posterior_reads_the_whole_clean_row():
+    model = tiny_model()
+    first = posterior_of_row(model, torch.tensor([1, 2, 3, 4]), [0, 1], [0])[0]
+    for position in range(4):
+        other = torch.tensor([1, 2, 3, 4])
+        other[position] = 9
+        assert (posterior_of_row(model, other, [0, 1], [0])[0] - first).abs().max() > 1e-3
+
+
+def test_where_nothing_is_revealed_the_posterior_is_the_prior():
+    mean, log_variance = posterior_of_row(tiny_model(), torch.tensor([1, 2, 3, 4]), [0, 1], [])
+    assert mean.eq(0).all() and log_variance.eq(0).all()
+
+
+def test_the_posterior_of_per_sample_is_the_same_at_every_step():
+    """One z has to serve them all; under `per_step` it may look at the step."""
+    input_ids, noise = digits(1, 4).expand(6, 4), explicit_noise(6, 4)
+    noise["position_noise"] = noise["position_noise"][:1].expand(6, 4)
+    noise["times"] = (torch.arange(6) + 0.5) / 6
+    for objective, same in (("per_sample", True), ("per_step", False)):
+        output = tiny_model(objective=objective, objective_steps=[3])(input_ids=input_ids, labels=input_ids, **noise)
+        difference = (output.posterior_mean - output.posterior_mean[:1]).abs().max()
+        assert (difference < 1e-5) == same
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The expected loss, by enumeration
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy_of(model, row, masked, revealed):
+    """Sum of -log p over the revealed positions of one row, in the state with `masked` masked; no latent."""
+    x_t = row.clone()
+    x_t[list(masked)] = MASK
+    with torch.no_grad():
+        log_probability = model(x_t[None]).logits[0].log_softmax(-1)
+    return -sum(log_probability[position, row[position]].item() for position in revealed)
+
+
+def test_the_expected_vmd_loss_weights_mask_sets_by_their_size():
+    """E over t and masks of (1/t) sum CE = sum over k of f(k)/k, f(k) = mean over the sets of k masked tokens.
+
+    Because the integral of t^(k-1) (1-t)^(n-k) over t, times the n-choose-k sets, is 1/k.
+    """
+    model, row = tiny_model(latent_size=0, time_epsilon=1e-6).train(), torch.tensor([9, 9, 8])
+    cost_of_a_token = []
+    for size in (1, 2, 3):
+        sets = list(itertools.combinations(range(3), size))
+        cost_of_a_token.append(sum(cross_entropy_of(model, row, masked, masked) for masked in sets) / len(sets) / size)
+    expected = sum(cost_of_a_token) / 3  # nats a labelled token
+    # These weights guess this row well from two of its tokens, badly from none: so the test sees how often each size
+    # is drawn, and not only the weight.
+    assert cost_of_a_token[2] > 2 * cost_of_a_token[0]
+
+    batch = row.expand(2000, 3)
+    with torch.no_grad():
+        losses = torch.stack([model(input_ids=batch, labels=batch).loss for _ in range(20)])
+    error = losses.std() / 20**0.5
+    assert error < 0.01 * expected
+    assert abs(losses.mean().item() - expected) < 4 * error
+
+
+@pytest.mark.parametrize("objective", ["per_sample", "per_step"])
+@pytest.mark.parametrize("objective_steps", [[1], [2], [3], [1, 2, 4]])
+def test_the_expected_few_step_loss_is_the_bound(objective, objective_steps):
+    """Over a grid of times and all six orders of three tokens, the mean is exactly the bound of the sampler."""
+    model, row = (
+        tiny_model(latent_size=0, objective=objective, objective_steps=objective_steps),
+        torch.tensor([4, 7, 1]),
+    )
+    orders = list(itertools.permutations(range(3)))
+    expected = 0.0
+    for num_steps, order in itertools.product(objective_steps, orders):
+        row_steps = min(num_steps, 3)
+        cuts = [step * 3 // row_steps for step in range(row_steps + 1)]
+        for start, end in itertools.pairwise(cuts):
+            expected += cross_entropy_of(model, row, order[start:], order[start:end])
+    expected /= len(objective_steps) * len(orders) * 3
+
+    cells = 6 * len(objective_steps)  # each T has six cells of time, whichever of 1, 2 or 3 steps it takes
+    times = (torch.arange(cells) + 0.5) / cells
+    ranks = torch.empty(6, 3)
+    for index, order in enumerate(orders):
+        ranks[index, list(order)] = torch.tensor([0.1, 0.5, 0.9])
+    batch = row.expand(6 * cells, 3)
+    output = model(
+        input_ids=batch, labels=batch, times=times.repeat(6), position_noise=ranks.repeat_interleave(cells, 0)
+    )
+    assert output.loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def changed(tensor, position, value):
+    tensor = tensor.clone()
+    tensor[position] = value
+    return tensor
+
+
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+LABEL_ERRORS = {
+    "label on padding": (
+        {"attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])},
+        "labels must be -100 where attention_mask is 0",
+    ),
+    "mask token": ({"input_ids": changed(IDS, (0, 1), MASK), "labels": changed(IDS, (0, 1), MASK)}, "mask token"),
+    "pad token": ({"input_ids": changed(IDS, (1, 2), PAD), "labels": changed(IDS, (1, 2), PAD)}, "pad token"),
+    "masked by a collator": ({"input_ids": changed(IDS, (0, 1), MASK)}, r"collator.*mlm=False"),
+    "other token": ({"labels": changed(IDS, (0, 1), 7)}, "labels must equal input_ids"),
+    "label shape": ({"labels": IDS[:, :2]}, r"labels must have the shape.*\(2, 3\), got \(2, 2\)"),
+    "latents": ({"latents": torch.zeros(2, 4)}, "latents must be None when labels are given"),
+    "times": ({"times": torch.ones(3)}, r"times must have shape \(2,\), got \(3,\)"),
+    "position noise": ({"position_noise": torch.ones(2)}, r"position_noise must have shape \(2, 3\), got \(2,\)"),
+    "latent noise": ({"latent_noise": torch.ones(2, 3)}, r"latent_noise must have shape \(2, 4\), got \(2, 3\)"),
+    "labels held back": ({"labels": None, "num_items_in_batch": 6}, "label_smoothing_factor"),
+    "no inputs": ({"input_ids": None}, r"input_ids must have shape \(batch, length\), got None"),
+}
+
+
+@pytest.mark.parametrize("case", list(LABEL_ERRORS))
+@pytest.mark.parametrize("training", [False, True])
+def test_misuse_of_the_loss_is_an_error(case, training):
+    arguments, message = LABEL_ERRORS[case]
+    model = tiny_model().train(training)
+    model(input_ids=IDS, labels=IDS)
+    with pytest.raises(ValueError, match=message):
+        model(**({"input_ids": IDS, "labels": IDS} | arguments))
+
+
+def test_a_loss_needs_a_mask_token_and_denoising_does_not():
+    model = tiny_model(mask_token_id=None)
+    assert model(IDS).logits[..., MASK].isfinite().all()
+    with pytest.raises(ValueError, match=r"mask_token_id must be set.*None"):
+        model(input_ids=IDS, labels=IDS)
+
+
+def test_mask_and_pad_tokens_may_be_context():
+    """Under -100 anything goes: the rule is about what has to be predicted."""
+    input_ids = torch.tensor([[1, MASK, 3, PAD]])
+    output = tiny_model()(input_ids=input_ids, labels=torch.tensor([[1, -100, 3, -100]]))
+    assert output.loss.isfinite()
+
+
+def test_a_pad_token_that_ends_texts_may_be_a_label():
+    input_ids = torch.tensor([[1, 2, 9]])
+    assert tiny_model(pad_token_id=9, eos_token_id=9)(input_ids=input_ids, labels=input_ids).loss.isfinite()
+
+
+def test_randomised_weights_are_what_the_tests_rely_on():
+    first, second = randomise(VMDModel(tiny_config())), randomise(VMDModel(tiny_config()))
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert first.layers[0].modulation.weight.std().item() == pytest.approx(0.3, rel=0.1)

@@ -1,0 +1,305 @@
+import math
+from itertools import pairwise, permutations
+
+import pytest
+import torch
+from helpers import digits, normal, pad_row, uniform
+
+from vmd_hf.noise_vmd import (
+    corrupt_at_time,
+    corrupt_before_step,
+    hashed_noise,
+    num_revealed,
+    step_schedule,
+    stratified_uniform,
+)
+
+
+def test_two_steps_over_three_tokens_reveal_one_then_two():
+    num_maskable = torch.tensor([3])
+    row_steps = step_schedule(num_maskable, 2)
+    assert row_steps.tolist() == [2]
+    assert [num_revealed(step, num_maskable, row_steps).item() for step in range(3)] == [0, 1, 3]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 64, 1000])
+def test_the_schedule_is_the_floor_of_equal_shares(num_steps):
+    lengths = [0, 1, 2, 3, 5, 6, 63, 64, 65, 1024]
+    num_maskable = torch.tensor(lengths)
+    row_steps = step_schedule(num_maskable, num_steps)
+    assert row_steps.tolist() == [min(num_steps, n) for n in lengths]
+    for row, n in enumerate(lengths):
+        shares = [
+            num_revealed(step, num_maskable, row_steps)[row].item()
+            - num_revealed(step - 1, num_maskable, row_steps)[row]
+            for step in range(1, row_steps[row] + 1)
+        ]
+        assert sum(shares) == n
+        if n:
+            steps = min(num_steps, n)
+            assert shares == [step * n // steps - (step - 1) * n // steps for step in range(1, steps + 1)]
+            assert min(shares) >= 1  # no step is wasted
+            assert max(shares) - min(shares) <= 1
+
+
+def test_the_schedule_takes_a_number_of_steps_for_each_row():
+    num_maskable, num_steps = torch.tensor([5, 5, 0, 2]), torch.tensor([2, 9, 4, 1])
+    assert step_schedule(num_maskable, num_steps).tolist() == [2, 5, 0, 1]
+
+
+def test_steps_after_the_last_reveal_nothing_more():
+    num_maskable = torch.tensor([0, 3])
+    assert num_revealed(9, num_maskable, step_schedule(num_maskable, 2)).tolist() == [0, 3]
+
+
+def test_tokens_are_masked_where_their_noise_is_below_the_time():
+    maskable = torch.tensor([[True, True, True, False], [True, False, True, True]])
+    position_noise = torch.tensor([[0.1, 0.5, 0.9, 0.0], [0.0, 0.1, 0.25, 0.3]])
+    corruption = corrupt_at_time(maskable, torch.tensor([0.5, 0.25]), position_noise)
+    # 0.5 is not below 0.5; position 3 of the first row and 1 of the second are context.
+    assert corruption.masked.tolist() == [[True, False, False, False], [True, False, False, False]]
+    assert corruption.revealed.tolist() == corruption.masked.tolist()
+    assert corruption.weight.tolist() == [2, 4]
+
+
+def test_time_one_masks_everything_but_the_context():
+    maskable = uniform(6, 9) < 0.5
+    corruption = corrupt_at_time(maskable, torch.ones(6), uniform(6, 9, seed=1))
+    assert torch.equal(corruption.masked, maskable)
+    assert corruption.weight.tolist() == [1] * 6
+
+
+def grid_of_times(objective_steps, n):
+    """Numbers in [0, 1) that meet each (T, k) equally often, with T from `objective_steps` and k in 1..min(T, n)."""
+    cells = len(objective_steps) * math.lcm(*(max(min(steps, n), 1) for steps in objective_steps))
+    return (torch.arange(cells) + 0.5) / cells
+
+
+def steps_by_hand(order, num_steps):
+    """[(positions masked before step k, positions revealed by it)] for positions in the order of revealing."""
+    row_steps, n = min(num_steps, len(order)), len(order)
+    cuts = [k * n // row_steps for k in range(row_steps + 1)]
+    return [(set(order[start:]), set(order[start:end])) for start, end in pairwise(cuts)]
+
+
+def true_positions(mask):
+    return set(mask.nonzero().flatten().tolist())
+
+
+@pytest.mark.parametrize("objective_steps", [[1], [2], [3], [1, 2, 4], [3, 2], [1000]])
+@pytest.mark.parametrize("context", [[], [1], [0, 2, 5], [0, 1, 2, 3, 5]])
+def test_states_before_steps_are_those_of_the_sampler(objective_steps, context):
+    maskable = torch.tensor([position not in context for position in range(6)])
+    noise = torch.tensor([0.7, 0.2, 0.9, 0.4, 0.1, 0.6])
+    order = [position for position in (4, 1, 3, 5, 0, 2) if position not in context]  # by rising noise
+    n = len(order)
+    times = grid_of_times(objective_steps, n)
+    corruption = corrupt_before_step(
+        maskable.expand(len(times), 6), times, noise.expand(len(times), 6), objective_steps
+    )
+
+    seen = [
+        (int(weight), frozenset(true_positions(masked)), frozenset(true_positions(revealed)))
+        for weight, masked, revealed in zip(corruption.weight, corruption.masked, corruption.revealed, strict=True)
+    ]
+    # Each T has an equal share of the times, and each of its steps an equal share of those.
+    share = len(times) // len(objective_steps)
+    expected = [
+        (min(num_steps, n), frozenset(masked), frozenset(revealed))
+        for num_steps in objective_steps
+        for masked, revealed in steps_by_hand(order, num_steps)
+        for _ in range(share // min(num_steps, n))
+    ]
+    assert sorted(seen, key=repr) == sorted(expected, key=repr)
+    assert corruption.weight.is_floating_point()
+
+
+@pytest.mark.parametrize("objective_steps", [[1], [2], [1, 2, 4], [3]])
+def test_one_weighted_step_is_unbiased_for_the_sum_over_steps(objective_steps):
+    """T_n times the cost of a random step, averaged over times and orders, is the mean over T and orders of the sum.
+
+    The cost of a step is any function of its state: here of which tokens it reveals and how many are masked still.
+    """
+    value = [0.3, 1.7, 2.9, 5.1]
+    orders = list(permutations(range(4)))
+    times = grid_of_times(objective_steps, 4)
+    noise = torch.empty(len(orders), 4)
+    for row, order in enumerate(orders):
+        noise[row, list(order)] = torch.tensor([0.2, 0.4, 0.6, 0.8])
+    rows = noise.repeat_interleave(len(times), 0)
+    corruption = corrupt_before_step(
+        torch.ones_like(rows, dtype=torch.bool), times.repeat(len(orders)), rows, objective_steps
+    )
+    revealed_value = (corruption.revealed * torch.tensor(value)).sum(-1)
+    estimate = (corruption.weight * revealed_value * corruption.masked.sum(-1)).mean().item()
+    plain_estimate = (corruption.weight * revealed_value).mean().item()
+
+    totals = [
+        sum(len(masked) * sum(value[i] for i in revealed) for masked, revealed in steps_by_hand(order, num_steps))
+        for num_steps in objective_steps
+        for order in orders
+    ]
+    assert estimate == pytest.approx(sum(totals) / len(totals), rel=1e-5)
+    assert plain_estimate == pytest.approx(sum(value), rel=1e-5)  # each token is revealed once
+
+
+def test_rows_without_maskable_tokens_have_no_steps():
+    maskable = torch.tensor([[False, False, False], [True, False, True]])
+    for time in (0.0, 0.5, 0.999):
+        corruption = corrupt_before_step(maskable, torch.full((2,), time), uniform(2, 3), [2, 3])
+        assert not corruption.masked[0].any()
+        assert not corruption.revealed[0].any()
+        assert corruption.weight.tolist() == [0, 2]
+        assert corruption.revealed[1].sum() == 1
+
+
+@pytest.mark.parametrize("objective_steps", [[1], [3], [1, 2, 4], [5, 6, 7, 8, 9]])
+def test_times_at_the_edges_pick_the_first_and_the_last_step(objective_steps):
+    maskable = torch.ones(3, 12, dtype=torch.bool)
+    # The last two: the largest float32 below 1, and 1 itself, which rounding may give.
+    times = torch.tensor([0.0, 1 - 2**-24, 1.0])
+    corruption = corrupt_before_step(maskable, times, uniform(3, 12), objective_steps)
+    first, last = objective_steps[0], objective_steps[-1]
+    assert corruption.weight.tolist() == [first, last, last]
+    assert corruption.masked.sum(-1).tolist() == [12, 12 - (last - 1) * 12 // last, 12 - (last - 1) * 12 // last]
+    assert torch.equal(corruption.revealed[1:], corruption.masked[1:])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
+def test_stratified_numbers_fall_one_in_each_interval(batch_size):
+    for _ in range(20):
+        numbers = stratified_uniform(batch_size, torch.device("cpu"))
+        assert numbers.shape == (batch_size,)
+        assert (numbers * batch_size).floor().sort().values.tolist() == list(range(batch_size))
+
+
+def test_stratified_numbers_come_in_random_order_and_are_uniform_in_their_interval():
+    draws = torch.stack([stratified_uniform(4, torch.device("cpu")) for _ in range(4000)])
+    interval = (draws * 4).floor()
+    # Row i is in interval j in a quarter of the draws: standard error sqrt(3/16/4000) = 0.0068.
+    for row in range(4):
+        for index in range(4):
+            assert (interval[:, row] == index).float().mean().item() == pytest.approx(0.25, abs=5 * 0.0068)
+    # Uniform within: mean 1/2, standard error 1/sqrt(12 * 16000) = 0.0023; variance 1/12.
+    inside = draws * 4 - interval
+    assert inside.mean().item() == pytest.approx(0.5, abs=5 * 0.0023)
+    assert inside.var().item() == pytest.approx(1 / 12, rel=0.03)
+
+
+def plain_hash(rows, latent_size=4):
+    return hashed_noise(rows, None, torch.arange(rows.shape[1]).expand_as(rows), latent_size)
+
+
+def padded_hash(row, length, side, pad_token=11):
+    mask = pad_row(torch.ones_like(row), length, side, 0)
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    times, positions, latents = hashed_noise(pad_row(row, length, side, pad_token), mask, position_ids, 4)
+    return times, positions[:, mask[0].bool()], latents
+
+
+def test_hashed_noise_has_shapes_ranges_and_no_state():
+    rows = digits(6, 5)
+    times, positions, latents = plain_hash(rows)
+    assert (times.shape, positions.shape, latents.shape) == ((6,), (6, 5), (6, 4))
+    for numbers in (times, positions):
+        assert numbers.dtype == torch.float32
+        assert 0 <= numbers.min() and numbers.max() < 1
+    torch.manual_seed(123)
+    for first, second in zip((times, positions, latents), plain_hash(rows), strict=True):
+        assert torch.equal(first, second)
+    assert plain_hash(rows, latent_size=0)[2].shape == (6, 0)
+
+
+def test_hashed_noise_does_not_depend_on_the_batch():
+    rows = digits(6, 5)
+    together = plain_hash(rows)
+    for index, row in enumerate(rows):
+        for batched, alone in zip(together, plain_hash(row[None]), strict=True):
+            assert torch.equal(batched[index], alone[0])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pad_token", [11, 0, 7])
+def test_hashed_noise_depends_neither_on_the_padding_nor_on_what_it_holds(side, pad_token):
+    row = digits(1, 5)
+    for alone, padded in zip(plain_hash(row), padded_hash(row[0], 9, side, pad_token), strict=True):
+        assert torch.equal(alone, padded)
+
+
+def test_hashed_noise_accepts_any_kind_of_attention_mask():
+    rows, mask = digits(2, 5), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = hashed_noise(rows, mask, position_ids, 4)
+    for other in (mask.bool(), mask.float()):
+        for first, second in zip(expected, hashed_noise(rows, other, position_ids, 4), strict=True):
+            assert torch.equal(first, second)
+
+
+def test_rows_that_differ_in_a_token_or_in_its_place_have_different_noise():
+    base = torch.tensor([3, 1, 4, 1, 5])
+    others = [base.clone() for _ in range(5)]
+    for position in range(5):
+        others[position][position] += 1
+    others.append(base.flip(0))  # the same tokens in another order
+    others.append(torch.tensor([1, 3, 4, 1, 5]))
+    times, positions, latents = plain_hash(torch.stack([base, *others]))
+    assert len(set(times.tolist())) == 8
+    assert len(set(positions.flatten().tolist())) == 40
+    assert len(set(latents.flatten().tolist())) == 32
+    # A shorter row is another row, even if what follows is token 0.
+    assert padded_hash(base, 6, "right")[0] != plain_hash(torch.cat([base, torch.zeros(1, dtype=torch.long)])[None])[0]
+
+
+def kolmogorov_smirnov(numbers, cdf):
+    """Largest distance between the empirical and the given distribution function, times sqrt(n)."""
+    n = numbers.numel()
+    expected = cdf(numbers.flatten().double().sort().values)
+    steps = torch.arange(n + 1).double() / n
+    return max((steps[1:] - expected).max(), (expected - steps[:-1]).max()).item() * math.sqrt(n)
+
+
+@pytest.fixture(scope="module")
+def noise_of_many_rows():
+    numbers = torch.arange(10_000)  # neighbours, so that a weak hash would show
+    return plain_hash(torch.stack([numbers // 1000, numbers // 100 % 10, numbers // 10 % 10, numbers % 10], dim=-1))
+
+
+def test_hashed_noise_is_uniform_and_normal(noise_of_many_rows):
+    times, positions, latents = noise_of_many_rows
+    for numbers in (times, *positions.T):
+        # Mean 1/2 and variance 1/12 with standard errors 0.0029 and 0.00075; sqrt(n) D is above 1.95 once in 1,000.
+        assert numbers.mean().item() == pytest.approx(0.5, abs=4 * 0.0029)
+        assert numbers.var().item() == pytest.approx(1 / 12, abs=4 * 0.00075)
+        assert kolmogorov_smirnov(numbers, lambda x: x) < 1.95
+    for numbers in latents.T:
+        # Mean 0 and variance 1 with standard errors 0.01 and 0.0141.
+        assert numbers.mean().item() == pytest.approx(0, abs=4 * 0.01)
+        assert numbers.var().item() == pytest.approx(1, abs=4 * 0.0141)
+        assert kolmogorov_smirnov(numbers, torch.special.ndtr) < 1.95
+
+
+def test_hashed_noise_streams_are_uncorrelated(noise_of_many_rows):
+    times, positions, latents = noise_of_many_rows
+    correlation = torch.corrcoef(torch.cat([times[:, None], positions, latents], dim=1).T)
+    off_diagonal = correlation - torch.eye(9)
+    assert off_diagonal.abs().max() < 5 * 0.01  # standard error 1/sqrt(10,000)
+
+
+def test_hashed_normal_noise_is_finite_for_the_largest_uniform():
+    # Found by search: the uniform number behind dimension 53 of this row is 1 - 2^-24, the largest there is.
+    row = torch.tensor([[9, 1, 2, 0, 6, 3]])
+    latents = plain_hash(row, latent_size=64)[2]
+    assert latents.isfinite().all()
+    assert latents.abs().max() < 6  # ndtri(1 - 2^-25) is 5.4
+
+
+def test_position_noise_ranks_do_not_depend_on_context():
+    """Context in between takes no place in the order: the same tokens come in the same order."""
+    noise = normal(1, 6, seed=3)
+    times = torch.zeros(1)
+    maskable = torch.tensor([[True, False, True, True, False, True]])
+    corruption = corrupt_before_step(maskable, times, noise, [4])
+    kept = torch.tensor([0, 2, 3, 5])
+    alone = corrupt_before_step(torch.ones(1, 4, dtype=torch.bool), times, noise[:, kept], [4])
+    assert torch.equal(corruption.revealed[:, kept], alone.revealed)
+    assert corruption.revealed.sum() == 1
