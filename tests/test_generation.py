@@ -210,7 +210,8 @@ def test_selected_positions_are_masked_and_the_surest_and_ties_go_from_left_to_r
 )
 def test_padding_after_the_first_end_of_sequence_among_new_tokens(eos, pad, expected):
     sequences = torch.tensor([[2, 1, 0, 2, 3, 2], [1, 1, 0, 5, 5, 2], [0, 1, 2, 2, 5, 4]])
-    assert pad_after_eos(sequences, 4, eos, pad).tolist() == expected
+    config = VMDGenerationConfig(max_new_tokens=4, eos_token_id=eos, pad_token_id=pad)
+    assert pad_after_eos(sequences, config).tolist() == expected
 
 
 class Collector:
@@ -802,13 +803,18 @@ ALL_FIELDS = {
     "confidence_threshold": 0.5,
     "resample_latents": True,
     "latent_scale": 0.5,
+    "corrector": None,
+    "corrector_strength": 0.3,
+    "guidance_scale": 1.5,
     "use_cache": False,
+    "cache_implementation": "static",
     "return_dict_in_generate": True,
     "output_history": True,
     "bos_token_id": 1,
     "eos_token_id": [2, 3],
     "pad_token_id": 4,
 }
+WITH_CORRECTOR = {**ALL_FIELDS, "confidence_threshold": None, "corrector": "cap"}  # the two exclude each other
 
 
 def public_fields(config):
@@ -818,16 +824,20 @@ def public_fields(config):
 def test_the_fields_of_the_test_are_all_fields():
     defaults = public_fields(VMDGenerationConfig())
     assert defaults.keys() == ALL_FIELDS.keys()
-    assert all(defaults[name] != value for name, value in ALL_FIELDS.items())
+    assert all(
+        value not in (ALL_FIELDS[name], WITH_CORRECTOR[name]) or name in ("confidence_threshold", "corrector")
+        for name, value in defaults.items()
+    )
 
 
-def test_every_setting_is_saved_with_the_model_and_loaded(tmp_path):
+@pytest.mark.parametrize("fields", [ALL_FIELDS, WITH_CORRECTOR])
+def test_every_setting_is_saved_with_the_model_and_loaded(tmp_path, fields):
     model = small_model()
-    model.generation_config = VMDGenerationConfig(**ALL_FIELDS)
+    model.generation_config = VMDGenerationConfig(**fields)
     model.save_pretrained(tmp_path)
     loaded = VMDForMaskedDiffusion.from_pretrained(tmp_path)
     assert isinstance(loaded.generation_config, VMDGenerationConfig)
-    assert public_fields(loaded.generation_config) == ALL_FIELDS
+    assert public_fields(loaded.generation_config) == fields
     assert isinstance(loaded.generate(torch.tensor([[1]]), generator=seeded(0)), VMDGenerateOutput)
 
 

@@ -17,6 +17,7 @@ CODE = {
     "configuration_vmd.py",
     "generation_vmd.py",
     "modeling_vmd.py",
+    "masking_vmd.py",
     "noise_vmd.py",
     "objective_vmd.py",
 }

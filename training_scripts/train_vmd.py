@@ -41,6 +41,7 @@ class ModelArguments:
     num_attention_heads: int = 4
     position_embedding_type: Literal["rotary", "learned", "none"] = "learned"
     latent_size: int = field(default=8, metadata={"help": "0: the MDM baseline."})
+    block_size: int | None = field(default=None, metadata={"help": "Tokens a block; default: whole sequences."})
     conditioning_size: int = 128
     num_latent_encoder_layers: int = 1
     objective: Literal["vmd", "per_sample", "per_step"] = "vmd"
@@ -111,6 +112,7 @@ def build_model(
         num_attention_heads=args.num_attention_heads,
         position_embedding_type=args.position_embedding_type,
         latent_size=args.latent_size,
+        block_size=args.block_size,
         conditioning_size=args.conditioning_size,
         num_latent_encoder_layers=args.num_latent_encoder_layers,
         objective=args.objective,

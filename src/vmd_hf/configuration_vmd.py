@@ -46,7 +46,8 @@ class VMDConfig(PreTrainedConfig):
         latent_size: Dimensions of the latent `z`; 0 for no latent.
         conditioning_size: Width of the conditioning vector that is computed from `z` and modulates every layer.
         num_latent_encoder_layers: Transformer layers of the posterior `q(z | x_0, x_t)`.
-        block_size: Tokens a block; only `None` (one latent for the whole sequence) in this version.
+        block_size: Tokens a block: the model is autoregressive over blocks, each with its own latent, time and
+            denoising (block diffusion). `None`: one latent for the whole sequence.
         objective: `"vmd"` (the paper's, default), `"per_sample"` or `"per_step"`: see [`VMDForMaskedDiffusion`].
         objective_steps: Numbers of sampling steps that `per_sample` and `per_step` train for; one is drawn for
             each row.
@@ -145,8 +146,8 @@ class VMDConfig(PreTrainedConfig):
                 "hidden_size / num_attention_heads must be even with rotary positions, got "
                 f"{self.hidden_size} / {self.num_attention_heads}"
             )
-        if self.block_size is not None:
-            raise ValueError(f"block_size must be None in this version of vmd_hf, got {self.block_size}")
+        if self.block_size is not None and self.block_size < 1:
+            raise ValueError(f"block_size must be None (whole sequences) or at least 1, got {self.block_size}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be an activation that transformers knows, got {self.hidden_act!r}")
 

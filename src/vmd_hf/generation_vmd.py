@@ -6,15 +6,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
+from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.generation import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.utils import ModelOutput
 
+from .masking_vmd import EMPTY, CleanContext, Layout, Places, join_places
 from .noise_vmd import num_revealed, step_schedule
 
 Generators = torch.Generator | list[torch.Generator] | None
 
 REMASKING_RULES = ("random", "top_prob", "top_prob_margin", "entropy")
+CORRECTORS = (None, "cap", "rescale", "confidence")
+CACHES = ("dynamic", "static")
 
 
 class VMDGenerationConfig(GenerationConfig):
@@ -22,8 +27,8 @@ class VMDGenerationConfig(GenerationConfig):
 
     Args:
         max_new_tokens: Mask tokens appended to the prompt before filling; `None`: fill the masks that are there.
-        num_steps: Forward passes in which a row is filled; a row with fewer masks takes fewer. `None`: one token a
-            step.
+        num_steps: Forward passes in which a row, or with blocks each block of it, is filled; with fewer masks than
+            that it takes fewer. `None`: one token a step.
         remasking: Which predictions are kept at each step: `"random"` positions, or those with the highest
             probability (`"top_prob"`), the widest margin between the two most probable tokens
             (`"top_prob_margin"`, arXiv 2502.06768), or the lowest entropy (`"entropy"`).
@@ -36,7 +41,19 @@ class VMDGenerationConfig(GenerationConfig):
             `objective="per_step"` (whose models default to it) and to `"vmd"`; `False`, the paper's, to
             `"per_sample"`.
         latent_scale: Factor on drawn latents: below 1 for more typical samples. 1 samples the model.
-        use_cache: Only models with blocks have a cache; no effect on whole sequences.
+        corrector: Mask revealed tokens again at each step, so that they can be corrected (ReMDM, arXiv 2503.00307,
+            section 4). With alpha and alpha' the shares of tokens revealed before and after the step, the probability
+            is at most sigma_max = min(1, (1 - alpha') / alpha): `"cap"`: min(corrector_strength, sigma_max);
+            `"rescale"`: corrector_strength * sigma_max; `"confidence"`: that times the softmax over the row's
+            revealed tokens of minus the probability that they had when they were revealed. Given tokens stay. With a
+            corrector, a row takes `num_steps` steps even where it has fewer masks. Off by default.
+        corrector_strength: eta of that paper, in (0, 1].
+        guidance_scale: Classifier-free guidance on the given tokens: hidden states are extrapolated from those
+            without the prompt, `without + guidance_scale * (with - without)`, which the linear output layer turns
+            into the same for logits. Without the prompt: its tokens are masks (in earlier blocks: not there). One
+            pass of twice as many rows. `None` and 1 are no guidance.
+        use_cache: Keep keys and values of finished blocks; no effect on whole sequences.
+        cache_implementation: `"dynamic"` (grows) or `"static"` (allocated once).
         return_dict_in_generate: Return a [`VMDGenerateOutput`] instead of the sequences alone.
         output_history: Put the sequences after every step into that output.
         bos_token_id, eos_token_id, pad_token_id: Special tokens. What follows the first end-of-sequence token among
@@ -58,7 +75,11 @@ class VMDGenerationConfig(GenerationConfig):
         self.confidence_threshold: float | None = kwargs.pop("confidence_threshold", None)
         self.resample_latents: bool = kwargs.pop("resample_latents", False)
         self.latent_scale: float = kwargs.pop("latent_scale", 1.0)
+        self.corrector: str | None = kwargs.pop("corrector", None)
+        self.corrector_strength: float = kwargs.pop("corrector_strength", 0.1)
+        self.guidance_scale: float | None = kwargs.pop("guidance_scale", None)
         self.use_cache: bool = kwargs.pop("use_cache", True)
+        self.cache_implementation: str = kwargs.pop("cache_implementation", "dynamic")
         self.return_dict_in_generate: bool = kwargs.pop("return_dict_in_generate", False)
         self.output_history: bool = kwargs.pop("output_history", False)
         self.bos_token_id: int | None = kwargs.pop("bos_token_id", None)
@@ -97,6 +118,19 @@ class VMDGenerationConfig(GenerationConfig):
                 )
         if self.latent_scale < 0:
             raise ValueError(f"latent_scale must not be negative, got {self.latent_scale}")
+        if self.corrector not in CORRECTORS:
+            raise ValueError(f"corrector must be one of {CORRECTORS}, got {self.corrector!r}")
+        if not 0 < self.corrector_strength <= 1:
+            raise ValueError(f"corrector_strength must lie in (0, 1], got {self.corrector_strength}")
+        if self.corrector is not None and self.confidence_threshold is not None:
+            raise ValueError(
+                "corrector must be None with confidence_threshold, which leaves no schedule to correct in, got "
+                f"{self.corrector!r}"
+            )
+        if self.guidance_scale is not None and self.guidance_scale < 0:
+            raise ValueError(f"guidance_scale must be None or not negative, got {self.guidance_scale}")
+        if self.cache_implementation not in CACHES:
+            raise ValueError(f"cache_implementation must be one of {CACHES}, got {self.cache_implementation!r}")
         if self.output_history and not self.return_dict_in_generate:
             raise ValueError("output_history needs return_dict_in_generate=True, got False")
 
@@ -119,7 +153,8 @@ class VMDGenerateOutput(ModelOutput):
     Attributes:
         sequences: (batch, length) int64.
         num_forward_passes: (batch,) int64, counted.
-        latents: (batch, latent_size) float32 or None; with `resample_latents` those of each row's last step.
+        latents: (batch, latent_size) float32 or None; with `resample_latents` those of each row's last step. With
+            blocks (batch, generated blocks, latent_size), 0 for blocks that a row did not generate.
         history: With `output_history`, the sequences after every step, a tuple of (batch, length).
     """
 
@@ -216,21 +251,67 @@ def select_positions(confidence: torch.Tensor, masked: torch.Tensor, count: torc
     return masked & (rank < count[:, None])
 
 
-def pad_after_eos(
-    sequences: torch.Tensor, new_tokens: int, eos_token_id: int | list[int] | None, pad_token_id: int | None
-) -> torch.Tensor:
-    """Sequences with everything after the first end-of-sequence token among the last `new_tokens` padded."""
-    if eos_token_id is None:
+def new_eos_tokens(sequences: torch.Tensor, config: VMDGenerationConfig) -> torch.Tensor | None:
+    """Which of the last `max_new_tokens` end a sequence: (batch, max_new_tokens) bool; `None` where none can."""
+    if config.eos_token_id is None or config.max_new_tokens is None:
+        return None
+    return torch.isin(
+        sequences[:, -config.max_new_tokens :], torch.tensor(config.eos_token_id, device=sequences.device).view(-1)
+    )
+
+
+def pad_after_eos(sequences: torch.Tensor, config: VMDGenerationConfig) -> torch.Tensor:
+    """Sequences with everything after the first end-of-sequence token among the last `max_new_tokens` padded."""
+    is_eos = new_eos_tokens(sequences, config)
+    if is_eos is None:
         return sequences
-    eos = torch.tensor(eos_token_id, device=sequences.device).view(-1)
-    is_eos = torch.isin(sequences[:, -new_tokens:], eos)
     after = (is_eos.cumsum(-1) - is_eos.long()) > 0
-    padded = sequences[:, -new_tokens:].masked_fill(after, eos[0] if pad_token_id is None else pad_token_id)
-    return torch.cat([sequences[:, :-new_tokens], padded], dim=-1)
+    eos = config.eos_token_id if isinstance(config.eos_token_id, int) else config.eos_token_id[0]
+    padding = eos if config.pad_token_id is None else config.pad_token_id
+    padded = sequences[:, -config.max_new_tokens :].masked_fill(after, padding)
+    return torch.cat([sequences[:, : -config.max_new_tokens], padded], dim=-1)
+
+
+def check_length(attention_mask: torch.Tensor, model_config) -> None:
+    longest = int(attention_mask.ne(0).sum(-1).max())
+    if longest > model_config.max_position_embeddings:
+        raise ValueError(
+            "input_ids and max_new_tokens must make at most max_position_embeddings = "
+            f"{model_config.max_position_embeddings} tokens, the length that the model was made for, got {longest}"
+        )
+
+
+def corrector_probability(
+    revealed: torch.Tensor,
+    probability: torch.Tensor,
+    before: torch.Tensor,
+    after: torch.Tensor,
+    num_maskable: torch.Tensor,
+    config: VMDGenerationConfig,
+) -> torch.Tensor:
+    """sigma of ReMDM (arXiv 2503.00307, section 4): with which probability each revealed token is masked again.
+
+    Args:
+        revealed: (batch, length) bool, tokens that were filled in earlier steps.
+        probability: (batch, length), what each of them had when it was revealed.
+        before, after, num_maskable: (batch,), tokens revealed before and after the step by the schedule, and of all.
+
+    Returns:
+        (batch, length) float, 0 where nothing was revealed.
+    """
+    sigma_max = ((num_maskable - after) / before.clamp(min=1)).clamp(max=1)[:, None]
+    if config.corrector == "cap":
+        sigma = sigma_max.clamp(max=config.corrector_strength)
+    else:
+        sigma = config.corrector_strength * sigma_max
+        if config.corrector == "confidence":
+            sigma = sigma * (-probability).masked_fill(~revealed, -torch.inf).softmax(-1).nan_to_num()
+    return torch.where(revealed, sigma, 0.0)
 
 
 class PrefixStreamer:
-    """Feeds a transformers streamer, which reads from left to right, the prefix that is final in every row."""
+    """Feeds a transformers streamer, which reads from left to right, the prefix that is final in every row; and, if it
+    has `put_draft`, the sequences after every step."""
 
     def __init__(self, streamer):
         self.streamer = streamer
@@ -242,6 +323,180 @@ class PrefixStreamer:
         if final > self.sent or self.sent == 0:
             self.streamer.put(sequences[:, self.sent : final].cpu())
         self.sent = final
+
+    def draft(self, sequences: torch.Tensor):
+        if hasattr(self.streamer, "put_draft"):
+            self.streamer.put_draft(sequences.cpu())
+
+
+@dataclass
+class Canvas:
+    """The sequences at work, on the model's grid (for whole sequences, the rows themselves as one block each).
+
+    Attributes:
+        tokens: (batch, N * width) int64.
+        masked: (batch, N * width) bool, positions still to be filled.
+        given: (batch, N * width) bool, tokens that were there from the start.
+        layout: Of the grid.
+        order: (batch, rounds) int64, the block that each row fills in each round, -1 where it has none left.
+    """
+
+    tokens: torch.Tensor
+    masked: torch.Tensor
+    given: torch.Tensor
+    layout: Layout
+    order: torch.Tensor
+
+    @classmethod
+    def create(cls, sequences, attention_mask, layout: Layout, mask_token_id: int) -> "Canvas":
+        real = layout.scatter(attention_mask != 0, False)
+        tokens = layout.scatter(sequences, 0)
+        masked = real & (tokens == mask_token_id)
+        unfilled = masked.unflatten(1, (layout.num_blocks, layout.width)).any(-1)
+        count = unfilled.sum(-1, keepdim=True)
+        order = unfilled.long().argsort(dim=-1, descending=True, stable=True)[:, : int(count.max())]
+        order = order.masked_fill(torch.arange(order.shape[1], device=order.device) >= count, -1)
+        return cls(tokens, masked, real & ~masked, layout, order)
+
+    def columns(self, first_block: torch.Tensor, num_blocks: int) -> torch.Tensor:
+        """(rows, num_blocks * width): the columns of `num_blocks` blocks from each row's `first_block` (rows,) on,
+        the last ones of the grid again where there are no more."""
+        width = self.layout.width
+        columns = first_block[:, None] * width + torch.arange(num_blocks * width, device=first_block.device)
+        return columns.clamp(max=self.tokens.shape[1] - 1)
+
+    def window(self, rows: torch.Tensor, block: torch.Tensor) -> Layout:
+        """Layout of one block of each of some rows."""
+        columns = self.columns(block, 1)
+        layout = self.layout
+        return Layout(
+            num_blocks=1,
+            width=layout.width,
+            position_ids=layout.position_ids[rows].gather(-1, columns),
+            real=None if layout.real is None else layout.real[rows].gather(-1, columns),
+            document=None
+            if layout.document is None
+            else layout.document.expand_as(self.tokens)[rows].gather(-1, columns),
+            first_block=block[:, None],
+        )
+
+    def clean_blocks(self, rows: torch.Tensor, first: torch.Tensor, stop: torch.Tensor, without_given: bool):
+        """Tokens, positions and places of blocks `first` to `stop` (rows,) of some rows, in as many columns as the
+        longest needs. `without_given` hides the given tokens from all others."""
+        count = int((stop - first).max())
+        columns = self.columns(first, count)
+        block = first[:, None] + torch.arange(columns.shape[1], device=columns.device) // self.layout.width
+        hidden = block >= stop[:, None]
+        if without_given:
+            hidden = hidden | self.given[rows].gather(-1, columns)
+        document = self.layout.document.expand_as(self.tokens)[rows].gather(-1, columns).masked_fill(hidden, EMPTY)
+        places = Places(block, document, torch.ones_like(hidden))
+        return self.tokens[rows].gather(-1, columns), self.layout.position_ids[rows].gather(-1, columns), places
+
+    def put(self, rows: torch.Tensor, block: torch.Tensor, tokens: torch.Tensor, masked: torch.Tensor):
+        columns = self.columns(block, 1)
+        self.tokens[rows[:, None], columns] = tokens
+        self.masked[rows[:, None], columns] = masked
+
+
+class ContextReader:
+    """What blocks at work see of the clean blocks before them: read once and kept in a transformers cache, or, without
+    a cache, read again in every pass. With guidance, rows from `batch` on are those without the prompt."""
+
+    def __init__(self, model_config, canvas: Canvas, config: VMDGenerationConfig):
+        self.canvas = canvas
+        self.guided = config.guidance_scale is not None
+        self.batch = len(canvas.tokens) * (2 if self.guided else 1)
+        self.read: Places | None = None
+        self.cache = None
+        if config.use_cache and config.cache_implementation == "static":
+            before = canvas.order.clamp(min=0)
+            num_blocks = int(torch.diff(before, prepend=torch.zeros_like(before[:, :1])).clamp(min=0).amax(0).sum())
+            self.cache = StaticCache(model_config, max_cache_len=max(num_blocks, 1) * canvas.layout.width)
+        elif config.use_cache:
+            self.cache = DynamicCache()
+
+    def context(self, rows: torch.Tensor, block: torch.Tensor, round_index: int, first_step: bool) -> CleanContext:
+        """For denoising `block` (rows,): the tokens that the cache holds, and those that are to be read now."""
+        context = CleanContext()
+        both = self._both(rows)
+        if self.read is not None:
+            empty = (
+                self.cache.layers[0].keys.shape[2] - self.read.block.shape[1]
+            )  # columns that a static cache has left
+            context.read = Places(
+                pad(self._select(self.read.block, both), (0, empty)),
+                pad(self._select(self.read.document, both), (0, empty), value=EMPTY),
+                pad(self._select(self.read.clean, both), (0, empty), value=True),
+            )
+            context.keys_values = [
+                (self._select(layer.keys, both), self._select(layer.values, both)) for layer in self.cache.layers
+            ]
+        if self.cache is not None and not first_step:
+            return context
+        first = torch.zeros_like(block)
+        if self.cache is not None and round_index:
+            first = self.canvas.order[rows, round_index - 1]
+        if not bool((block > first).any()):
+            return context
+        parts = [self.canvas.clean_blocks(rows, first, block, without_given=False)]
+        if self.guided:
+            parts.append(self.canvas.clean_blocks(rows, first, block, without_given=True))
+        context.input_ids = torch.cat([tokens for tokens, _, _ in parts])
+        context.position_ids = torch.cat([positions for _, positions, _ in parts])
+        names = ("block", "document", "clean")
+        context.new = Places(*(torch.cat([getattr(places, name) for _, _, places in parts]) for name in names))
+        return context
+
+    def keep(self, rows: torch.Tensor, context: CleanContext, keys_values) -> None:
+        """Writes what a pass has read into the cache."""
+        if self.cache is None or context.input_ids is None:
+            return
+        both = self._both(rows)
+        new = context.new.map(lambda value: value.contiguous())
+        if len(both) < self.batch:
+            new = Places(
+                *(
+                    fill.new_full((self.batch, fill.shape[1]), empty).index_copy(0, both, fill)
+                    for fill, empty in ((new.block, 0), (new.document, EMPTY), (new.clean, True))
+                )
+            )
+        for index, pair in enumerate(keys_values):
+            if len(both) < self.batch:
+                pair = tuple(part.new_zeros((self.batch, *part.shape[1:])).index_copy(0, both, part) for part in pair)
+            self.cache.update(*pair, index)
+        self.read = new if self.read is None else join_places([self.read, new])
+
+    def _both(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([rows, rows + self.batch // 2]) if self.guided else rows
+
+    def _select(self, value: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return value if len(rows) == len(value) else value[rows]
+
+
+@dataclass
+class GenerationState:
+    """What one call of `generate` carries along."""
+
+    config: VMDGenerationConfig
+    canvas: Canvas
+    reader: ContextReader | None
+    latents: torch.Tensor | None  # (batch, rounds, latent_size)
+    given_latents: bool
+    generator: Generators
+    num_forward_passes: torch.Tensor
+    stopped: torch.Tensor
+    history: list[torch.Tensor]
+    logits_processor: LogitsProcessorList | None
+    stopping_criteria: StoppingCriteriaList | None
+    streamer: PrefixStreamer | None
+
+    def sequences(self) -> torch.Tensor:
+        """(batch, length) in the rows' own columns, with everything after an end-of-sequence token padded."""
+        return pad_after_eos(self.canvas.layout.gather(self.canvas.tokens), self.config)
+
+    def generators(self, rows: torch.Tensor) -> Generators:
+        return [self.generator[row] for row in rows.tolist()] if isinstance(self.generator, list) else self.generator
 
 
 class VMDGenerationMixin:
@@ -306,22 +561,28 @@ class VMDGenerationMixin:
     ) -> torch.LongTensor | VMDGenerateOutput:
         """Fills every mask token of `input_ids`; with `max_new_tokens`, appends that many masks first.
 
+        With blocks, they are filled from left to right: a block sees its own given tokens and everything in the blocks
+        before it, but nothing after it. Given tokens in later blocks do not influence a gap before them; a model
+        without blocks (`block_size=None`) fills gaps from both sides.
+
         Tokens that are given never change. Each step runs the model once over the rows that still have masks,
-        predicts their masked positions and keeps as many as the schedule says: after step k of its T_n steps a row of
-        n masks has floor(k n / T_n) of them filled.
+        predicts their masked positions and keeps as many as the schedule says: after step k of its T_n steps a row (or
+        block) of n masks has floor(k n / T_n) of them filled.
 
         Args:
             input_ids: (batch, length) int64; some are the mask token.
             attention_mask: (batch, length), 0 for padding on either side; padding is never filled.
             generation_config: Replaces the model's own.
-            latents: (batch, latent_size) float, instead of a draw from N(0, I). They are kept for all steps.
+            latents: (batch, latent_size) float, instead of a draw from N(0, I). They are kept for all steps. With
+                blocks (batch, generated blocks, latent_size), for the blocks in which there is something to fill.
             generator: One for the batch, or a list of one for each row: then what a row gets does not depend on the
                 rest of the batch.
             logits_processor: Called with `(sequences, scores)`, one row for each masked position: (positions, length)
                 and (positions, vocabulary).
             stopping_criteria: Called after each step with the sequences (batch, length), masks included; a row for
                 which it says so is left as it is.
-            streamer: Gets the prefix of the sequence as it becomes final, the given prefix first.
+            streamer: Gets the prefix of the sequence as it becomes final, the given prefix first. If it has a method
+                `put_draft`, that gets the sequences (batch, length) after every step, masks included.
             kwargs: Any field of [`VMDGenerationConfig`], which it overrides for this call.
 
         Returns:
@@ -331,103 +592,196 @@ class VMDGenerationMixin:
         Raises:
             ValueError: for wrong shapes, unknown or contradicting settings.
         """
+        input_ids = input_ids.long()
         config = self._generation_settings(generation_config, kwargs)
         self._check_generation_inputs(input_ids, attention_mask, latents, generator, config)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         sequences, attention_mask = prepare_canvas(
             input_ids, attention_mask, config.max_new_tokens, self.config.mask_token_id
         )
-        batch_size = len(sequences)
-        masked = (sequences == self.config.mask_token_id) & (attention_mask != 0)
-        num_maskable = masked.sum(-1)
-        row_steps = num_maskable if config.num_steps is None else step_schedule(num_maskable, config.num_steps)
-        if latents is None and self.config.latent_size:
-            latents = self._draw_latents(torch.arange(batch_size), generator, config)
-
-        num_forward_passes = torch.zeros_like(num_maskable)
-        stopped = torch.zeros_like(num_maskable, dtype=torch.bool)
-        history = []
+        check_length(attention_mask, self.config)
+        layout = self.model.lay_out(sequences, attention_mask)
+        canvas = Canvas.create(sequences, attention_mask, layout, self.config.mask_token_id)
+        state = GenerationState(
+            config=config,
+            canvas=canvas,
+            reader=None if self.config.block_size is None else ContextReader(self.config, canvas, config),
+            latents=self._round_latents(latents, canvas),
+            given_latents=latents is not None,
+            generator=generator,
+            num_forward_passes=torch.zeros_like(sequences[:, 0]),
+            stopped=torch.zeros_like(sequences[:, 0], dtype=torch.bool),
+            history=[],
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            streamer=None if streamer is None else PrefixStreamer(streamer),
+        )
         if streamer is not None:
-            prefix_streamer = PrefixStreamer(streamer)
-            prefix_streamer.put(sequences, masked)
+            state.streamer.put(sequences, layout.gather(canvas.masked))
+        for round_index in range(canvas.order.shape[1]):
+            rows = ((canvas.order[:, round_index] >= 0) & ~state.stopped).nonzero().squeeze(-1)
+            if len(rows) == 0:
+                break
+            self._fill_blocks(state, rows, round_index)
 
-        step = 0
-        while len(active := (masked.any(-1) & ~stopped).nonzero().squeeze(-1)):
-            step += 1
-            if config.resample_latents and step > 1 and latents is not None:
-                latents = latents.index_copy(0, active, self._draw_latents(active, generator, config))
-            tokens, confidence = self._predict(
-                sequences, masked, attention_mask, latents, active, config, generator, logits_processor
-            )
-            count = num_revealed(step, num_maskable, row_steps) - (num_maskable - masked.sum(-1))
-            if config.confidence_threshold is not None:
-                count = count.maximum((confidence > config.confidence_threshold).sum(-1))
-            revealed = select_positions(confidence, masked, count.clamp(min=1))
-            revealed = revealed & confidence.gt(-torch.inf)  # rows that are not active have no prediction
-            sequences = torch.where(revealed, tokens, sequences)
-            masked = masked & ~revealed
-            num_forward_passes[active] += 1
-            if config.output_history:
-                history.append(sequences)
-            if stopping_criteria is not None:
-                stopped |= stopping_criteria(sequences, None)
-            if streamer is not None:
-                final = sequences
-                if config.max_new_tokens is not None:
-                    final = pad_after_eos(sequences, config.max_new_tokens, config.eos_token_id, config.pad_token_id)
-                prefix_streamer.put(final, masked)
-
-        if config.max_new_tokens is not None:
-            sequences = pad_after_eos(sequences, config.max_new_tokens, config.eos_token_id, config.pad_token_id)
+        sequences = state.sequences()
         if streamer is not None:
+            state.streamer.put(sequences, torch.zeros_like(sequences, dtype=torch.bool))  # a stopped row's rest
             streamer.end()
         if not config.return_dict_in_generate:
             return sequences
         return VMDGenerateOutput(
             sequences=sequences,
-            num_forward_passes=num_forward_passes,
-            latents=latents,
-            history=tuple(history) if config.output_history else None,
+            num_forward_passes=state.num_forward_passes,
+            latents=state.latents.squeeze(1) if state.latents is not None and state.reader is None else state.latents,
+            history=tuple(state.history) if config.output_history else None,
         )
 
-    def _predict(
-        self, sequences, masked, attention_mask, latents, active, config, generator, logits_processor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predicted tokens and their confidence at the masked positions of the active rows, both (batch, length);
-        elsewhere the confidence is -inf."""
-        every = len(active) == len(sequences)
-        hidden_states = self.model(
-            sequences if every else sequences[active],
-            attention_mask=attention_mask if every else attention_mask[active],
-            latents=latents if every or latents is None else latents[active],
-        ).last_hidden_state
-        rows, columns = (masked if every else masked[active]).nonzero(as_tuple=True)
-        logits = self.compute_logits(hidden_states[rows, columns]).float()  # (positions, vocabulary)
-        rows = active[rows]
-        if logits_processor is not None:
-            logits = logits_processor(sequences[rows], logits)
+    def _fill_blocks(self, state: GenerationState, rows: torch.Tensor, round_index: int) -> None:
+        """Fills one block (or the whole sequence) of each of `rows`."""
+        config, canvas = state.config, state.canvas
+        block = canvas.order[rows, round_index]
+        columns = canvas.columns(block, 1)
+        tokens, masked = canvas.tokens[rows[:, None], columns], canvas.masked[rows[:, None], columns]
+        fillable = masked
+        probability = torch.zeros(masked.shape, device=masked.device)  # of the revealed tokens, for the corrector
+        num_maskable = masked.sum(-1)
+        row_steps = num_maskable if config.num_steps is None else step_schedule(num_maskable, config.num_steps)
+        if config.corrector is not None and config.num_steps is not None:
+            row_steps = torch.full_like(num_maskable, config.num_steps)
+        step = 0
+        while len(active := (masked.any(-1) & ~state.stopped[rows]).nonzero().squeeze(-1)):
+            step += 1
+            if state.latents is not None and not state.given_latents and (step == 1 or config.resample_latents):
+                state.latents[rows[active], round_index] = self._draw_latents(rows[active], state)
+            chosen, confidence, chosen_probability = self._predict(
+                state, rows[active], round_index, tokens[active], masked[active], step == 1
+            )
+            before = num_revealed(step - 1, num_maskable, row_steps)[active]
+            after = num_revealed(step, num_maskable, row_steps)[active]
+            open_now, done_now = masked[active], fillable[active] & ~masked[active]
+            again = torch.zeros_like(open_now)
+            if config.corrector is not None:
+                sigma = corrector_probability(
+                    done_now, probability[active], before, after, num_maskable[active], config
+                )
+                counts = [sigma.shape[1]] * len(active)
+                uniform = draw(torch.rand, counts, (), state.generators(rows[active]), sigma.device)
+                again = uniform.view_as(sigma) < sigma
+            count = after - done_now.sum(-1) + again.sum(-1)
+            if config.confidence_threshold is not None:
+                count = count.maximum((confidence > config.confidence_threshold).sum(-1)).clamp(min=1)
+            revealed = select_positions(confidence, open_now, count)
+            tokens[active] = torch.where(revealed, chosen, tokens[active]).masked_fill(
+                again, self.config.mask_token_id
+            )
+            masked = masked.index_copy(0, active, (open_now & ~revealed) | again)
+            if config.corrector == "confidence":
+                probability[active] = torch.where(revealed, chosen_probability, probability[active])
+            canvas.put(rows, block, tokens, masked)
+            self._after_step(state, rows[active])
+        self._after_blocks(state)
 
-        row_generators = [generator[row] for row in active.tolist()] if isinstance(generator, list) else generator
-        counts = masked[active].sum(-1).tolist()
+    def _after_step(self, state: GenerationState, active: torch.Tensor) -> None:
+        """Counts, and shows the sequences to whoever wants them."""
+        state.num_forward_passes[active] += 1
+        if state.config.output_history:
+            state.history.append(state.canvas.layout.gather(state.canvas.tokens).clone())
+        if state.stopping_criteria is not None:
+            sequences = state.canvas.layout.gather(state.canvas.tokens)
+            state.stopped |= state.stopping_criteria(sequences, None)
+        if state.streamer is not None:
+            state.streamer.draft(state.sequences())
+            if state.config.corrector is None:  # with one, nothing is final before its block is
+                state.streamer.put(state.sequences(), state.canvas.layout.gather(state.canvas.masked))
+
+    def _after_blocks(self, state: GenerationState) -> None:
+        """Rows with an end-of-sequence token are finished; what is final is streamed."""
+        sequences = state.canvas.layout.gather(state.canvas.tokens)
+        if (is_eos := new_eos_tokens(sequences, state.config)) is not None:
+            state.stopped |= is_eos.any(-1)
+        if state.streamer is not None:
+            state.streamer.put(state.sequences(), state.canvas.layout.gather(state.canvas.masked))
+
+    def _predict(
+        self,
+        state: GenerationState,
+        rows: torch.Tensor,
+        round_index: int,
+        tokens: torch.Tensor,
+        masked: torch.Tensor,
+        first_step: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One forward pass over the blocks of `rows`, tokens and masked both (rows, width).
+
+        Returns:
+            Predicted tokens, their confidence under the remasking rule, and their probability, each (rows, width); at
+            positions that are not masked the confidence is -inf.
+        """
+        config, canvas = state.config, state.canvas
+        block = canvas.order[rows, round_index]
+        layout, context = canvas.window(rows, block), None
+        latents = None if state.latents is None else state.latents[rows, round_index]
+        if state.reader is not None:
+            context = state.reader.context(rows, block, round_index, first_step)
+            latents = None if latents is None else latents[:, None]
+        inputs = tokens
+        if config.guidance_scale is not None:
+            given = canvas.given[rows[:, None], canvas.columns(block, 1)]
+            inputs = torch.cat([tokens, tokens.masked_fill(given, self.config.mask_token_id)])
+            layout = layout.twice()
+            latents = None if latents is None else torch.cat([latents, latents])
+        outputs = self.model(inputs, layout=layout, latents=latents, context=context, return_dict=True)
+        if state.reader is not None:
+            state.reader.keep(rows, context, outputs.past_key_values)
+        hidden_states = outputs.last_hidden_state
+        if config.guidance_scale is not None:
+            guided, unguided = hidden_states.chunk(2)
+            hidden_states = unguided + config.guidance_scale * (guided - unguided)
+
+        places = masked.nonzero(as_tuple=True)
+        logits = self.compute_logits(hidden_states[places]).float()  # (positions, vocabulary)
+        if state.logits_processor is not None:
+            logits = state.logits_processor(canvas.layout.gather(canvas.tokens)[rows[places[0]]], logits)
+        counts = masked.sum(-1).tolist()
         if config.do_sample:
             # The largest of probabilities over independent exponentials falls on a token with its probability.
-            race = draw(exponential, counts, (logits.shape[-1],), row_generators, logits.device)
+            race = draw(exponential, counts, (logits.shape[-1],), state.generators(rows), logits.device)
             chosen = (warp(logits, config).softmax(-1) / race).argmax(-1)
         else:
             chosen = logits.argmax(-1)
         if config.remasking == "random":
-            confident = draw(torch.rand, counts, (), row_generators, logits.device)
+            confident = draw(torch.rand, counts, (), state.generators(rows), logits.device)
         else:
             confident = confidence_of(logits, chosen, config.remasking)
+        nowhere = torch.full(tokens.shape, -torch.inf, device=logits.device)
+        probability = nowhere
+        if config.corrector == "confidence":
+            probability = nowhere.index_put(places, confidence_of(logits, chosen, "top_prob"))
+        return tokens.index_put(places, chosen), nowhere.index_put(places, confident), probability
 
-        tokens = sequences.index_put((rows, columns), chosen)
-        confidence = torch.full(sequences.shape, -torch.inf, device=logits.device)
-        return tokens, confidence.index_put((rows, columns), confident)
+    def _round_latents(self, latents: torch.Tensor | None, canvas: Canvas) -> torch.Tensor | None:
+        """(batch, rounds, latent_size): the given ones, or room for those to be drawn."""
+        if self.config.latent_size == 0:
+            return None
+        batch, rounds = canvas.order.shape
+        size = self.config.latent_size
+        if self.config.block_size is None:
+            rounds = 1
+        if latents is None:
+            return torch.zeros(batch, rounds, size, device=self.device)
+        if self.config.block_size is None:
+            return latents.clone()[:, None]
+        if latents.shape != (batch, rounds, size):
+            raise ValueError(
+                "latents must have shape (batch, generated blocks, latent_size) = "
+                f"{(batch, rounds, size)}, got {tuple(latents.shape)}"
+            )
+        return latents.clone()
 
-    def _draw_latents(self, rows, generator, config):
-        row_generators = [generator[row] for row in rows.tolist()] if isinstance(generator, list) else generator
-        latents = draw(torch.randn, [1] * len(rows), (self.config.latent_size,), row_generators, self.device)
-        return config.latent_scale * latents
+    def _draw_latents(self, rows: torch.Tensor, state: GenerationState) -> torch.Tensor:
+        sizes = [1] * len(rows), (self.config.latent_size,)
+        return state.config.latent_scale * draw(torch.randn, *sizes, state.generators(rows), self.device)
 
     def _generation_settings(self, generation_config, kwargs) -> VMDGenerationConfig:
         if generation_config is None:
@@ -462,7 +816,7 @@ class VMDGenerationMixin:
         shape = (len(input_ids), self.config.latent_size)
         if self.config.latent_size == 0:
             raise ValueError("latents must be None for a model with latent_size = 0")
-        if latents.shape != shape:
+        if self.config.block_size is None and latents.shape != shape:
             raise ValueError(f"latents must have shape (batch, latent_size) = {shape}, got {tuple(latents.shape)}")
         if config.resample_latents:
             raise ValueError("latents must be None with resample_latents=True, which draws them at every step")

@@ -9,7 +9,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.utils import ModelOutput
@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vmd import VMDConfig
 from .generation_vmd import VMDGenerationConfig, VMDGenerationMixin
+from .masking_vmd import CleanContext, Layout, block_attention_mask, join_places, lay_out_blocks
 from .noise_vmd import Corruption, corrupt_at_time, corrupt_before_step, hashed_noise, stratified_uniform
 from .objective_vmd import gaussian_kl, row_cross_entropy
 
@@ -35,8 +36,10 @@ class VMDMaskedDiffusionOutput(ModelOutput):
         reconstruction_loss: Scalar, the weighted cross-entropy R of the masked tokens over the number of labelled
             tokens.
         kl: Scalar, the KL term over the same number.
-        kl_per_latent: (batch,) unweighted KL(q || p) of each row's latent in nats; 0 where nothing was masked.
-        posterior_mean: (batch, latent_size) mean of q; 0 where nothing was masked.
+        kl_per_latent: (batch,), with blocks (batch, blocks): unweighted KL(q || p) of each latent in nats; 0 where
+            nothing was masked.
+        posterior_mean: (batch, latent_size), with blocks (batch, blocks, latent_size): mean of q; 0 where nothing was
+            masked.
         hidden_states, attentions: As everywhere in transformers, on request.
     """
 
@@ -71,12 +74,16 @@ class VMDAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, context=None, **kwargs):
+        # context: keys and values of earlier tokens that come before this pass's own, or None
         shape = hidden_states.shape[:-1]
         qkv = self.qkv_proj(hidden_states).view(*shape, 3, -1, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head_dim)
         if position_embeddings is not None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        own = key, value
+        if context is not None:
+            key, value = (torch.cat(pair, dim=2) for pair in zip(context, own, strict=True))
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attention(
             self,
@@ -88,7 +95,7 @@ class VMDAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*shape, -1)), weights
+        return self.o_proj(output.reshape(*shape, -1)), weights, own
 
 
 class VMDMLP(nn.Module):
@@ -115,20 +122,34 @@ class VMDLayer(GradientCheckpointingLayer):
         self.modulation = VMDModulation(config) if conditioned else None
 
     def forward(
-        self, hidden_states, attention_mask=None, position_embeddings=None, conditioning=None, **kwargs
-    ) -> torch.Tensor:
-        # conditioning: (batch, 1, conditioning_size) or None, the null latent: no modulation at all
-        modulation = [None] * 6 if conditioning is None else self.modulation(conditioning).chunk(6, dim=-1)
+        self,
+        hidden_states,
+        attention_mask=None,
+        position_embeddings=None,
+        conditioning=None,
+        num_clean_blocks=0,
+        context=None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """The new hidden states, and the layer's keys and values.
+
+        `conditioning` (batch, blocks, conditioning_size) belongs to the last blocks of the sequence. The
+        `num_clean_blocks` before them, and everything if it is None, have the null latent: no modulation at all.
+        """
+        modulation = [None] * 6
+        if conditioning is not None:
+            modulation = nn.functional.pad(self.modulation(conditioning), (0, 0, num_clean_blocks, 0)).chunk(6, dim=-1)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation
-        update, _ = self.attention(
+        update, _, own = self.attention(
             modulate(self.attention_norm(hidden_states), shift_1, scale_1),
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
+            context=context,
             **kwargs,
         )
         hidden_states = add_gated(hidden_states, self.dropout(update), gate_1)
         update = self.mlp(modulate(self.mlp_norm(hidden_states), shift_2, scale_2))
-        return add_gated(hidden_states, self.dropout(update), gate_2)
+        return add_gated(hidden_states, self.dropout(update), gate_2), own
 
 
 class VMDModulation(nn.Linear):
@@ -140,11 +161,18 @@ class VMDModulation(nn.Linear):
 
 
 def modulate(hidden_states, shift, scale):
-    return hidden_states if scale is None else torch.addcmul(shift, hidden_states, 1 + scale)
+    """(batch, length, hidden) with one shift and scale (batch, blocks, hidden) for each of its equal blocks."""
+    if scale is None:
+        return hidden_states
+    blocks = hidden_states.unflatten(1, (scale.shape[1], -1))
+    return torch.addcmul(shift[:, :, None], blocks, 1 + scale[:, :, None]).flatten(1, 2)
 
 
 def add_gated(residual, update, gate):
-    return residual + update if gate is None else torch.addcmul(residual, 1 + gate, update)
+    if gate is None:
+        return residual + update
+    shape = (gate.shape[1], -1)
+    return torch.addcmul(residual.unflatten(1, shape), 1 + gate[:, :, None], update.unflatten(1, shape)).flatten(1, 2)
 
 
 class VMDPreTrainedModel(PreTrainedModel):
@@ -198,11 +226,6 @@ class VMDEmbeddings(nn.Module):
         hidden_states = self.embed_tokens(input_ids)  # (batch, length, hidden)
         if self.embed_positions is None and not self.embed_groups:
             return hidden_states
-        if position_ids.shape[-1] > (longest := self.config.max_position_embeddings):
-            raise ValueError(
-                f"input_ids must have at most max_position_embeddings = {longest} tokens with a position table, got "
-                f"{position_ids.shape[-1]}"
-            )
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(position_ids)
         for table, groups in zip(self.embed_groups, self.position_groups if self.embed_groups else (), strict=True):
@@ -235,11 +258,6 @@ def register_lora_targets() -> None:
         targets.setdefault(VMDConfig.model_type, ["qkv_proj", "o_proj"])
 
 
-def row_positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Position of each token in its own row, padding on either side left out: (batch, length), 0 at padding."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
 class VMDModel(VMDPreTrainedModel):
     """The denoiser p_theta(x_0 | x_t, z) up to its hidden states: a bidirectional transformer conditioned on z."""
 
@@ -261,54 +279,159 @@ class VMDModel(VMDPreTrainedModel):
     def set_input_embeddings(self, value):
         self.embeddings.embed_tokens = value
 
+    def lay_out(self, input_ids, attention_mask=None, position_ids=None) -> Layout:
+        """How the rows are laid out for `run`: as they are, or on a grid of blocks. Checks shapes."""
+        check_inputs(input_ids, attention_mask, position_ids, self.config)
+        if self.config.block_size is not None:
+            return lay_out_blocks(input_ids, attention_mask, position_ids, self.config.block_size)
+        length = input_ids.shape[1]
+        real = None if attention_mask is None else attention_mask != 0
+        if position_ids is None and real is not None:
+            position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)
+        elif position_ids is None:
+            position_ids = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+        return Layout(1, length, position_ids, real)
+
     def attention_context(self, hidden_states, attention_mask, position_ids):
         """The attention mask in the form that the attention implementation takes, and the rotary angles."""
         mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
-        rotary = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
-        return {"attention_mask": mask, "position_embeddings": rotary}
+        return {"attention_mask": mask, "position_embeddings": self.rotary_angles(hidden_states, position_ids)}
+
+    def rotary_angles(self, hidden_states, position_ids):
+        return None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
 
     @merge_with_config_defaults
-    @capture_outputs
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         latents: torch.Tensor | None = None,
+        layout: Layout | None = None,
+        context: CleanContext | None = None,
         **kwargs,
     ) -> BaseModelOutput:
         """
         Args:
             input_ids: (batch, length) int64, x_t: tokens, some of them the mask token.
             attention_mask: (batch, length), 1 for tokens and 0 for padding, on either side.
-            position_ids: (batch, length); default: counted in each row without its padding.
-            latents: (batch, latent_size); default: zeros, the prior mean.
+            position_ids: (batch, length); default: counted in each row without its padding. With blocks, a position
+                that is no larger than the one before it starts a new document, which sees nothing of the others.
+            latents: (batch, latent_size), with blocks (batch, blocks, latent_size); default: zeros, the prior mean.
+            layout: With it, `input_ids` are on its grid already, and so is what comes back.
+            context: With blocks and `layout`, the clean tokens that the blocks see; default: earlier blocks of
+                `input_ids` as they stand.
 
         Returns:
-            `last_hidden_state` (batch, length, hidden_size), after the final norm.
+            `last_hidden_state` (batch, length, hidden_size), after the final norm. With blocks, `attentions` are those
+            on the grid, of queries and keys [clean, noisy].
 
         Raises:
             ValueError: for a wrong shape, or more tokens than a position table has.
         """
-        position_ids = check_inputs(input_ids, attention_mask, position_ids)
-        latents = check_latents(latents, self.config, input_ids)
+        if layout is not None:
+            return self.run(input_ids, layout, latents, context, return_dict=True, **kwargs)
+        layout = self.lay_out(input_ids, attention_mask, position_ids)
+        grid = layout.scatter(input_ids, 0)
+        if self.config.block_size is not None:
+            context = CleanContext(input_ids=grid, position_ids=layout.position_ids, new=layout.places(clean=True))
+        outputs = self.run(grid, layout, latents, context, return_dict=True, **kwargs)
+        outputs.last_hidden_state = layout.gather(outputs.last_hidden_state)
+        if outputs.hidden_states is not None and self.config.block_size is not None:
+            outputs.hidden_states = tuple(layout.gather(h[:, -grid.shape[1] :]) for h in outputs.hidden_states)
+        return outputs
+
+    @capture_outputs
+    def run(
+        self,
+        input_ids: torch.LongTensor,
+        layout: Layout,
+        latents: torch.Tensor | None = None,
+        context: CleanContext | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """One pass over blocks (or whole sequences) on their grid, and over the clean tokens still to be read.
+
+        `past_key_values` of the output are those of the clean tokens read in this pass: a tuple for each layer.
+        """
+        check_latents(latents, self.config, layout, len(input_ids))
+        num_new = 0
+        position_ids = layout.position_ids
+        if context is not None and context.input_ids is not None:
+            num_new = context.input_ids.shape[1]
+            input_ids = torch.cat([context.input_ids, input_ids], dim=1)
+            position_ids = torch.cat([context.position_ids, position_ids], dim=1)
         hidden_states = self.embeddings(input_ids, position_ids)
-        conditioning = None
-        if self.conditioner is not None:
-            conditioning = self.conditioner(latents.to(hidden_states.dtype))[:, None]
-        context = self.attention_context(hidden_states, attention_mask, position_ids)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, conditioning=conditioning, **context, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+        if self.config.block_size is None:
+            attention = self.attention_context(hidden_states, layout.real, position_ids)
+        else:
+            query = layout.places(clean=False)
+            query = query if not num_new else join_places([context.new, query])
+            key = query if context is None or context.read is None else join_places([context.read, query])
+            attention = {
+                "attention_mask": block_attention_mask(self.config, query, key, hidden_states.dtype),
+                "position_embeddings": self.rotary_angles(hidden_states, position_ids),
+            }
+        hidden_states, keys_values = self.run_layers(
+            hidden_states,
+            num_new,
+            None if context is None else context.keys_values,
+            conditioning=self.condition(latents, layout, hidden_states),
+            num_clean_blocks=num_new // layout.width,
+            **attention,
+            **kwargs,
+        )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states[:, num_new:]), past_key_values=keys_values or None
+        )
+
+    def read(self, input_ids: torch.LongTensor, layout: Layout, **kwargs) -> tuple[torch.Tensor, CleanContext]:
+        """Reads clean tokens on the grid, block-causal, under the null latent, in a pass of their own.
+
+        Returns:
+            Hidden states (batch, length, hidden_size) after the final norm, and the context for `run`.
+        """
+        hidden_states = self.embeddings(input_ids, layout.position_ids)
+        places = layout.places(clean=True)
+        hidden_states, keys_values = self.run_layers(
+            hidden_states,
+            input_ids.shape[1],
+            None,
+            attention_mask=block_attention_mask(self.config, places, places, hidden_states.dtype),
+            position_embeddings=self.rotary_angles(hidden_states, layout.position_ids),
+            **kwargs,
+        )
+        return self.norm(hidden_states), CleanContext(keys_values=keys_values, read=places)
+
+    def run_layers(self, hidden_states, num_new, keys_values, **kwargs):
+        """The layers, and each one's keys and values at the first `num_new` tokens."""
+        new = []
+        for index, layer in enumerate(self.layers):
+            context = None if keys_values is None else keys_values[index]
+            hidden_states, own = layer(hidden_states, context=context, **kwargs)
+            if num_new:
+                new.append(tuple(part[:, :, :num_new] for part in own))
+        return hidden_states, new
+
+    def condition(self, latents, layout, hidden_states):
+        """The conditioning vector of each block, (batch, N, conditioning_size); `None` without a latent."""
+        if self.conditioner is None:
+            return None
+        shape = (len(hidden_states), layout.num_blocks, self.config.latent_size)
+        latents = hidden_states.new_zeros(shape) if latents is None else latents.to(hidden_states.dtype).view(shape)
+        return self.conditioner(latents)
 
 
 class VMDLatentEncoder(nn.Module):
     """The posterior q_phi(z | x_0, x_t): a diagonal Gaussian, from x_0 and what is masked in x_t.
 
     Its layers read the clean tokens with a flag each (visible, revealed now, still masked) and are pooled over the
-    tokens that are revealed now. Needed in training and for likelihoods only.
+    tokens that are revealed now. With blocks, each block is a sequence of its own, to whose tokens the hidden state of
+    the last clean token before it is added: z has to tell only what the context does not. Needed in training and for
+    likelihoods only.
     """
 
     def __init__(self, config: VMDConfig):
@@ -320,12 +443,15 @@ class VMDLatentEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
         self.out_proj = nn.Linear(config.hidden_size, 2 * config.latent_size)
+        with_blocks = config.block_size is not None
+        self.before_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False) if with_blocks else None
 
-    def forward(self, clean_embeddings, masked, revealed, attention_context):
+    def forward(self, clean_embeddings, masked, revealed, attention_context, before=None):
         """
         Args:
-            clean_embeddings: (batch, length, hidden), embeddings of x_0.
+            clean_embeddings: (batch, length, hidden), embeddings of x_0. With blocks, a row here is a block.
             masked, revealed: (batch, length) bool, as in `Corruption`.
+            before: With blocks, (batch, 1, hidden): the last clean hidden state before the block, 0 if there is none.
 
         Returns:
             mean and log-variance, each (batch, latent_size) float32. Where nothing is revealed the posterior is the
@@ -333,8 +459,10 @@ class VMDLatentEncoder(nn.Module):
         """
         flags = torch.where(revealed, REVEALED_NOW, torch.where(masked, STILL_MASKED, VISIBLE))
         hidden_states = clean_embeddings + self.embed_flags(flags)
+        if before is not None:
+            hidden_states = hidden_states + self.before_proj(before)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, **attention_context)
+            hidden_states, _ = layer(hidden_states, **attention_context)
         weights = revealed.to(hidden_states.dtype)
         count = weights.sum(-1, keepdim=True)
         pooled = torch.einsum("bl,blh->bh", weights, self.norm(hidden_states)) / count.clamp(min=1)
@@ -405,14 +533,16 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             input_ids: (batch, length) int64. Without labels x_t; with labels the clean x_0.
             attention_mask: (batch, length), 1 for tokens and 0 for padding, on either side.
             position_ids: (batch, length); default: counted in each row without its padding.
-            latents: (batch, latent_size) float, without labels only; default: zeros, the prior mean.
+            latents: (batch, latent_size), with blocks (batch, blocks, latent_size), float, without labels only;
+                default: zeros, the prior mean.
             labels: (batch, length) int64, equal to `input_ids`, or -100 for context that is never masked.
-            times: (batch,) float. Under `vmd` the time t in (0, 1]; under the few-step objectives a number in
-                [0, 1) that picks the number of steps and the step. Default: drawn stratified over the batch in
-                training mode, a hash of the row in evaluation mode; so are the two next.
+            times: (batch,), with blocks (batch, blocks), float. Under `vmd` the time t in (0, 1]; under the few-step
+                objectives a number in [0, 1) that picks the number of steps and the step. Default: drawn stratified
+                over the batch in training mode, a hash of the row in evaluation mode; so are the two next.
             position_noise: (batch, length) float. A token is masked where it is below t; under the few-step
                 objectives it ranks the order of revealing. To give a mask itself: 0 where masked, 1 elsewhere.
-            latent_noise: (batch, latent_size) float, standard normal: z = mean + std * latent_noise.
+            latent_noise: (batch, latent_size), with blocks (batch, blocks, latent_size), float, standard normal:
+                z = mean + std * latent_noise.
             num_items_in_batch: Labelled tokens over which the loss is averaged; default: those of this batch.
 
         Raises:
@@ -434,24 +564,35 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         if latents is not None:
             raise ValueError("latents must be None when labels are given: the posterior draws them (see latent_noise)")
 
-        position_ids = check_inputs(input_ids, attention_mask, position_ids)
+        layout = self.model.lay_out(input_ids, attention_mask, position_ids)
         check_labels(input_ids, labels, attention_mask, self.config)
-        maskable = labels != -100
-        noise = self._draw_noise(input_ids, attention_mask, position_ids)
-        noise = check_noise(noise, (times, position_noise, latent_noise), self.config)
-        corruption, latent_noise = self._corrupt(maskable, *noise), noise[2]
+        clean = layout.scatter(input_ids, 0)
+        units = layout.units(clean)  # a unit is what has a time and a latent: (batch * N, width)
+        maskable = layout.units(layout.scatter(labels != -100, False))
+        if position_noise is not None:
+            check_shape("position_noise", position_noise, input_ids.shape)
+            position_noise = layout.scatter(position_noise, 0.0)
+        noise = check_noise(
+            self._draw_noise(units, layout), (times, position_noise, latent_noise), layout, self.config
+        )
+        corruption = self._corrupt(maskable, *noise)
 
+        context, before = None, None
+        if self.config.block_size is not None:
+            clean_hidden_states, context = self.model.read(clean, layout)
+            before = last_before_blocks(clean_hidden_states, layout)
         q_mean, kl_elements = None, None
+        per_latent = (len(clean),) if self.config.block_size is None else (len(clean), layout.num_blocks)
         if self.latent_encoder is not None:
-            q_mean, q_log_variance = self.encode(input_ids, attention_mask, position_ids, maskable, corruption)
-            latents = q_mean + (0.5 * q_log_variance).exp() * latent_noise
-            kl_elements = gaussian_kl(q_mean, q_log_variance)  # (batch, latent_size)
+            q_mean, q_log_variance = self.encode(clean, layout, maskable, corruption, before)
+            latents = (q_mean + (0.5 * q_log_variance).exp() * noise[2]).view(*per_latent, -1)
+            kl_elements = gaussian_kl(q_mean, q_log_variance)  # (units, latent_size)
 
-        x_t = input_ids.masked_fill(corruption.masked, self.config.mask_token_id)
-        outputs = self.model(x_t, attention_mask, position_ids, latents, **kwargs)
-        rows, columns = corruption.revealed.nonzero(as_tuple=True)
-        logits = self.compute_logits(outputs.last_hidden_state[rows, columns])
-        reconstruction = row_cross_entropy(logits, input_ids[rows, columns], rows, len(input_ids))
+        x_t = units.masked_fill(corruption.masked, self.config.mask_token_id).view_as(clean)
+        outputs = self.model(x_t, latents=latents, layout=layout, context=context, return_dict=True, **kwargs)
+        unit, column = corruption.revealed.nonzero(as_tuple=True)
+        logits = self.compute_logits(layout.units(outputs.last_hidden_state)[unit, column])
+        reconstruction = row_cross_entropy(logits, units[unit, column], unit, len(units))
 
         num_items = maskable.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         num_items = num_items.clamp(min=1)
@@ -460,9 +601,9 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         return VMDMaskedDiffusionOutput(
             loss=reconstruction_loss + kl_loss,
             reconstruction_loss=reconstruction_loss.detach(),
-            kl=kl,
-            kl_per_latent=None if kl_elements is None else kl_elements.sum(-1).detach(),
-            posterior_mean=None if q_mean is None else q_mean.detach(),
+            kl=kl.detach(),
+            kl_per_latent=None if kl_elements is None else kl_elements.sum(-1).detach().view(per_latent),
+            posterior_mean=None if q_mean is None else q_mean.detach().view(*per_latent, -1),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -470,27 +611,35 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
     def encode(
         self,
         input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor,
+        layout: Layout,
         maskable: torch.Tensor,
         corruption: Corruption,
+        before: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log-variance of the posterior of the config's objective, each (batch, latent_size) float32."""
+        """Mean and log-variance of the posterior of the config's objective, each (batch * N, latent_size) float32.
+
+        `input_ids` (batch, N * width) are clean and on the grid; `maskable` and `corruption` are those of its units.
+        """
         masked, revealed = corruption.masked, corruption.revealed
         if self.config.objective == "per_sample":  # one z for all steps: q(z | x_0, all masked)
             masked, revealed = maskable, maskable
-        embeddings = self.model.embeddings(input_ids, position_ids)
-        context = self.model.attention_context(embeddings, attention_mask, position_ids)
-        return self.latent_encoder(embeddings, masked, revealed, context)
+        embeddings = layout.units(self.model.embeddings(input_ids, layout.position_ids))
+        real = None
+        if layout.real is not None:
+            real = layout.units(layout.real)
+            real = real | ~real.any(-1, keepdim=True)  # a block of padding alone may attend to itself
+        context = self.model.attention_context(embeddings, real, layout.units(layout.position_ids))
+        return self.latent_encoder(embeddings, masked, revealed, context, before)
 
-    def _draw_noise(self, input_ids, attention_mask, position_ids):
+    def _draw_noise(self, units, layout):
         if not self.training:
-            return hashed_noise(input_ids, attention_mask, position_ids, self.config.latent_size)
-        device = input_ids.device
+            real = None if layout.real is None else layout.units(layout.real)
+            return hashed_noise(units, real, layout.units(layout.position_ids), self.config.latent_size)
+        device = units.device
         return (
-            stratified_uniform(len(input_ids), device),
-            torch.rand(input_ids.shape, device=device),
-            torch.randn(len(input_ids), self.config.latent_size, device=device),
+            stratified_uniform(len(units), device),
+            torch.rand(units.shape, device=device),
+            torch.randn(len(units), self.config.latent_size, device=device),
         )
 
     def _corrupt(self, maskable, times, position_noise, latent_noise) -> Corruption:
@@ -514,11 +663,28 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             self.kl_warmup_progress += 1
             # Cubic: the latent is learned while it is almost free. Under a linear one part of it is given up early.
             beta = beta * (self.kl_warmup_progress / self.config.kl_warmup_steps).clamp(max=1) ** 3
-        return kl.detach(), beta * kl_loss
+        return kl, beta * kl_loss
 
 
-def check_inputs(input_ids, attention_mask, position_ids):
-    """Shapes are right; returns the positions, by default counted in each row without its padding."""
+def last_before_blocks(hidden_states: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """For each block the clean hidden state of the token before it, 0 where it is the first of its document.
+
+    (batch, N * width, hidden) to (batch * N, 1, hidden).
+    """
+    last = hidden_states.unflatten(1, (layout.num_blocks, layout.width))[:, :, -1]  # (batch, N, hidden)
+    document = layout.document.unflatten(1, (layout.num_blocks, layout.width))
+    follows = document[:, 1:, 0] == document[:, :-1, -1]
+    before = nn.functional.pad(last[:, :-1] * follows[..., None], (0, 0, 1, 0))
+    return before.flatten(0, 1)[:, None]
+
+
+def check_shape(name, value, expected):
+    if value.shape != expected:
+        raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(value.shape)}")
+
+
+def check_inputs(input_ids, attention_mask, position_ids, config):
+    """Shapes are right, and no row is longer than a position table."""
     if input_ids is None or input_ids.dim() != 2:
         got = None if input_ids is None else tuple(input_ids.shape)
         raise ValueError(f"input_ids must have shape (batch, length), got {got}")
@@ -527,23 +693,33 @@ def check_inputs(input_ids, attention_mask, position_ids):
             raise ValueError(
                 f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(value.shape)}"
             )
+    if config.position_embedding_type != "learned" and not config.position_groups:
+        return
     if position_ids is not None:
-        return position_ids
-    if attention_mask is None:
-        return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    return row_positions(attention_mask)
+        longest = int(position_ids.max()) + 1
+    elif input_ids.shape[1] <= config.max_position_embeddings:
+        return
+    else:
+        longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.ne(0).sum(-1).max())
+    if longest > config.max_position_embeddings:
+        raise ValueError(
+            "input_ids must have at most max_position_embeddings = "
+            f"{config.max_position_embeddings} tokens with a position table, got {longest}"
+        )
 
 
-def check_latents(latents, config, input_ids):
-    """The given latents, whose shape must be right, or the prior mean; None for a model without a latent."""
-    shape = (len(input_ids), config.latent_size)
+def check_latents(latents, config, layout, batch_size):
+    """Given latents have the right shape."""
     if latents is None:
-        return torch.zeros(shape, device=input_ids.device) if config.latent_size else None
+        return
     if config.latent_size == 0:
         raise ValueError("latents must be None for a model with latent_size = 0")
+    if config.block_size is None:
+        names, shape = "(batch, latent_size)", (batch_size, config.latent_size)
+    else:
+        names, shape = "(batch, blocks, latent_size)", (batch_size, layout.num_blocks, config.latent_size)
     if latents.shape != shape:
-        raise ValueError(f"latents must have shape (batch, latent_size) = {shape}, got {tuple(latents.shape)}")
-    return latents
+        raise ValueError(f"latents must have shape {names} = {shape}, got {tuple(latents.shape)}")
 
 
 @torch.compiler.disable
@@ -575,20 +751,29 @@ def check_labels(input_ids, labels, attention_mask, config):
         )
 
 
-def check_noise(drawn, given, config):
-    """The given noise where there is any, of the right shape, else the drawn. Times become those of the objective."""
+def check_noise(drawn, given, layout, config):
+    """The given noise where there is any, of the right shape, else the drawn, for units. Times become those of the
+    objective; `position_noise` is on the grid already."""
     times, position_noise, latent_noise = given
-    for name, value, default in zip(("times", "position_noise", "latent_noise"), given, drawn, strict=True):
-        if value is not None and value.shape != default.shape:
-            raise ValueError(f"{name} must have shape {tuple(default.shape)}, got {tuple(value.shape)}")
-    if times is None:
+    units = (len(drawn[0]),) if config.block_size is None else (len(drawn[0]) // layout.num_blocks, layout.num_blocks)
+    if times is not None:
+        check_shape("times", times, units)
+        low, high = times.min().item(), times.max().item()
+        if config.objective == "vmd" and not (0 < low and high <= 1):
+            raise ValueError(f"times must lie in (0, 1] under the vmd objective, got {low} to {high}")
+        if config.objective != "vmd" and not (0 <= low and high < 1):
+            raise ValueError(f"times must lie in [0, 1) under {config.objective}, got {low} to {high}")
+        times = times.flatten()
+    elif config.objective == "vmd":
+        times = config.time_epsilon + (1 - config.time_epsilon) * drawn[0]
+    else:
         times = drawn[0]
-        if config.objective == "vmd":
-            times = config.time_epsilon + (1 - config.time_epsilon) * times
+    if latent_noise is not None:
+        check_shape("latent_noise", latent_noise, (*units, config.latent_size))
     return (
         times,
-        drawn[1] if position_noise is None else position_noise,
-        drawn[2] if latent_noise is None else latent_noise,
+        drawn[1] if position_noise is None else layout.units(position_noise),
+        drawn[2] if latent_noise is None else latent_noise.view_as(drawn[2]),
     )
 
 

@@ -17,18 +17,20 @@ class _Sums:
     """Running sums of what one log line reports."""
 
     def __init__(self):
-        self.scalars = 0  # (5,): reconstruction_loss, kl, both also times rows, kl_per_latent; summed
+        self.scalars = 0  # (6,): reconstruction_loss, kl, both also times rows, kl_per_latent, latents; summed
         self.moments = 0  # (2, latent_size): sums of the posterior means and of their squares
         self.rows = 0
 
     def add(self, output, rows: int, device: torch.device):
         kl_per_latent = output.kl_per_latent
-        latent_kl = torch.zeros((), device=device) if kl_per_latent is None else kl_per_latent.sum()
+        latent_kl = torch.zeros(2, device=device)
+        if kl_per_latent is not None:
+            latent_kl = torch.stack([kl_per_latent.sum(), kl_per_latent.new_tensor(kl_per_latent.numel())])
         parts = torch.stack([output.reconstruction_loss.detach(), output.kl.detach()]).float()
-        self.scalars = self.scalars + torch.cat([parts, parts * rows, latent_kl[None]])
+        self.scalars = self.scalars + torch.cat([parts, parts * rows, latent_kl])
         self.rows += rows
         if output.posterior_mean is not None:
-            mean = output.posterior_mean
+            mean = output.posterior_mean.flatten(0, -2)  # with blocks, each has a latent
             self.moments = self.moments + torch.stack([mean.sum(0), mean.square().sum(0)])
 
 
@@ -36,8 +38,8 @@ class VMDMetricsCallback(TrainerCallback):
     """Adds the parts of the loss to what the Trainer logs, so that posterior collapse is visible.
 
     Training logs gain `reconstruction_loss`, `kl` (both on the scale of `loss`), `kl_per_latent` (nats, mean over
-    rows) and `active_units`: the latent dimensions whose posterior mean varies over the rows since the last log by a
-    variance above 0.01 (Burda, Grosse, Salakhutdinov, arXiv 1509.00519). Evaluation metrics gain the same with the
+    latents) and `active_units`: the latent dimensions whose posterior mean varies over the latents since the last log
+    by a variance above 0.01 (Burda, Grosse, Salakhutdinov, arXiv 1509.00519). Evaluation metrics gain the same with the
     evaluation's prefix.
 
     Pass it in `Trainer(callbacks=[VMDMetricsCallback()])`. The Trainer calls reporters such as TensorBoard before the
@@ -101,13 +103,14 @@ class VMDMetricsCallback(TrainerCallback):
         total = torch.cat([rows, sums.scalars, moments])
         if args.world_size > 1:
             total = reduce(total, "sum")
-        rows, scalars, moments = total[0].item(), total[1:6].tolist(), total[6:].view(2, -1) / total[0]
+        rows, scalars = total[0].item(), total[1:7].tolist()
         reconstruction, kl = (value / steps for value in scalars[:2]) if training else (v / rows for v in scalars[2:4])
         values = {"reconstruction_loss": reconstruction}
         if has_latent:
-            variance = moments[1] - moments[0].square()
+            moments = total[7:].view(2, -1) / scalars[5]
             values["kl"] = kl
-            values["kl_per_latent"] = scalars[4] / rows
+            values["kl_per_latent"] = scalars[4] / scalars[5]
+            variance = moments[1] - moments[0].square()
             values["active_units"] = int((variance > ACTIVE_UNIT_VARIANCE).sum())
         return values
 

@@ -1,0 +1,205 @@
+"""Blocks: how rows are laid out in them, and which token may attend to which (block diffusion, BD3-LM, arXiv
+2503.09573).
+
+A model with blocks works on a grid: every row starts at column 0, every document of a packed row at the start of a
+block, and what is missing to a whole block is padding. So left, right and no padding are the same thing, block n is
+always the columns n * block_size to (n + 1) * block_size, and a latent belongs to one of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers.utils.generic import is_flash_attention_requested
+
+PADDING, EMPTY = -1, -2  # documents of padding, and of key columns that hold nothing
+
+
+@dataclass
+class Places:
+    """Where tokens stand, as attention sees it. Each (batch, length), or (1, length) if all rows agree.
+
+    Attributes:
+        block: int64, the token's block, counted through the row.
+        document: int64, the text that the token belongs to; `PADDING` or `EMPTY` for none.
+        clean: bool, whether the token is read as clean context, or is part of a block that is being denoised.
+    """
+
+    block: torch.Tensor
+    document: torch.Tensor
+    clean: torch.Tensor
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Places":
+        return Places(function(self.block), function(self.document), function(self.clean))
+
+
+def join_places(parts: list[Places]) -> Places:
+    """Places of sequences that are concatenated along their length."""
+    batch = max(len(part.document) for part in parts)
+    widened = [part.map(lambda value: value.expand(batch, -1)) for part in parts]
+    names = ("block", "document", "clean")
+    return Places(*(torch.cat([getattr(part, name) for part in widened], dim=-1) for name in names))
+
+
+def may_attend(query: Places, key: Places) -> torch.Tensor:
+    """The attention pattern of block diffusion, elementwise over broadcastable places.
+
+    A token sees the clean tokens of earlier blocks of its document, and its own block in its own stream: a clean token
+    the clean ones, a noisy token the noisy ones.
+    """
+    earlier = key.clean & (key.block < query.block)
+    own = (key.block == query.block) & (key.clean == query.clean)
+    return (key.document == query.document) & (earlier | own)
+
+
+def block_attention_mask(config, query: Places, key: Places, dtype: torch.dtype):
+    """`may_attend` in the form that the config's attention implementation takes.
+
+    Raises:
+        ValueError: for FlashAttention, which knows no such pattern.
+    """
+    if is_flash_attention_requested(config):
+        raise ValueError(
+            "attn_implementation must be 'eager', 'sdpa' or 'flex_attention' with block_size, got "
+            f"{config._attn_implementation!r}, which cannot express which block sees which"
+        )
+    if config._attn_implementation == "flex_attention":
+        batch = max(len(query.document), len(key.document))
+        query, key = (part.map(lambda value: value.expand(batch, -1).contiguous()) for part in (query, key))
+
+        def mask_mod(b, h, q, k):
+            return may_attend(query.map(lambda value: value[b, q]), key.map(lambda value: value[b, k]))
+
+        lengths = query.block.shape[-1], key.block.shape[-1]
+        return create_block_mask(mask_mod, batch, None, *lengths, device=str(query.block.device), _compile=True)
+    allowed = may_attend(query.map(lambda v: v[:, None, :, None]), key.map(lambda v: v[:, None, None, :]))
+    if config._attn_implementation == "sdpa":
+        return allowed
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+@dataclass
+class Layout:
+    """Rows as the model works on them: as they are, or, with blocks, on the grid.
+
+    Attributes:
+        num_blocks: N, blocks of each row; 1 for whole sequences.
+        width: Tokens of a block (for whole sequences the length), so that the grid is (batch, N * width).
+        position_ids: (batch, N * width), positions in each row's own text.
+        real: (batch, N * width) bool, False for padding; `None` where nothing is padding.
+        document: (batch or 1, N * width), see [`Places`]; `None` for whole sequences.
+        slots: (batch, length), the column on the grid of each column of the row, N * width for padding; `None` where
+            the grid is the row itself.
+        first_block: Number of the grid's first block, (batch, 1) where it is not the row's first.
+    """
+
+    num_blocks: int
+    width: int
+    position_ids: torch.Tensor
+    real: torch.Tensor | None
+    document: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
+    first_block: torch.Tensor | int = 0
+
+    def scatter(self, values: torch.Tensor, fill: int | bool | float) -> torch.Tensor:
+        """(batch, length) values of the rows on the grid, `fill` where it has padding of its own."""
+        if self.slots is None:
+            return values
+        grid = values.new_full((len(values), self.num_blocks * self.width + 1), fill)
+        return grid.scatter_(-1, self.slots, values)[:, :-1]
+
+    def gather(self, grid: torch.Tensor) -> torch.Tensor:
+        """Values on the grid, (batch, N * width) or with further dimensions, for each column of the rows. What padding
+        gets is arbitrary."""
+        if self.slots is None:
+            return grid
+        slots = self.slots.clamp(max=self.num_blocks * self.width - 1)
+        return grid.take_along_dim(slots.view(*slots.shape, *[1] * (grid.dim() - 2)), dim=1)
+
+    def twice(self) -> "Layout":
+        """For a batch that is its own repetition."""
+        parts = (self.position_ids, self.real, self.document, self.first_block)
+        position_ids, real, document, first_block = (
+            torch.cat([part, part]) if isinstance(part, torch.Tensor) else part for part in parts
+        )
+        return Layout(self.num_blocks, self.width, position_ids, real, document, None, first_block)
+
+    def units(self, grid: torch.Tensor) -> torch.Tensor:
+        """(batch, N * width, ...) on the grid to (batch * N, width, ...): one row for each block."""
+        return grid.unflatten(1, (self.num_blocks, self.width)).flatten(0, 1)
+
+    def places(self, clean: bool) -> Places:
+        columns = torch.arange(self.num_blocks * self.width, device=self.document.device)[None]
+        return Places(
+            block=columns // self.width + self.first_block,
+            document=self.document,
+            clean=torch.full_like(columns, clean, dtype=torch.bool),
+        )
+
+
+def lay_out_blocks(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, block_size: int
+) -> Layout:
+    """The grid of a batch of rows.
+
+    Args:
+        input_ids: (batch, length), for its shape.
+        attention_mask: (batch, length), 0 for padding on either side, or `None`.
+        position_ids: (batch, length), where a position that is no larger than the one before it starts a new
+            document (a packed row); `None`: counted in each row without its padding.
+    """
+    (batch, length), device = input_ids.shape, input_ids.device
+    columns = torch.arange(length, device=device)
+    num_blocks = -(-length // block_size)
+    if position_ids is None and attention_mask is None:
+        missing = num_blocks * block_size - length
+        positions = torch.arange(num_blocks * block_size, device=device)
+        document = torch.where(positions < length, 0, PADDING)[None]
+        layout = Layout(num_blocks, block_size, positions.expand(batch, -1), None, document)
+        if missing:
+            layout.slots = columns.expand(batch, -1)
+            layout.real = (document >= 0).expand(batch, -1)
+            layout.position_ids = positions.where(positions < length, 0).expand(batch, -1)
+        return layout
+
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    if position_ids is None:
+        positions = (real.long().cumsum(-1) - 1).clamp(min=0)
+        document = torch.zeros_like(positions)
+        slots = positions
+    else:
+        positions = position_ids
+        last = torch.where(real, columns, -1).cummax(-1).values.roll(1, -1).index_fill(-1, columns[:1], -1)
+        before = torch.where(last >= 0, positions.gather(-1, last.clamp(min=0)), -1)  # the last real token's position
+        new_document = real & (positions <= before)
+        document = new_document.long().cumsum(-1)
+        block_in_document = positions // block_size
+        new_block = real & (new_document | (block_in_document != before.div(block_size, rounding_mode="floor")))
+        block = new_block.long().cumsum(-1) - 1
+        num_blocks = int(block.max()) + 1
+        slots = block.clamp(min=0) * block_size + positions % block_size
+    layout = Layout(num_blocks, block_size, positions, None, document)
+    layout.slots = slots.masked_fill(~real, num_blocks * block_size)
+    layout.real = layout.scatter(real, False)
+    layout.document = layout.scatter(document, PADDING)
+    layout.position_ids = layout.scatter(positions, 0)
+    return layout
+
+
+@dataclass
+class CleanContext:
+    """The clean tokens that blocks under denoising see: those already read, and those to be read in the same pass.
+
+    Attributes:
+        keys_values: For each layer keys and values (batch, heads, read, head_dim) of the tokens already read.
+        read: Places of these.
+        input_ids: (batch, new) int64, whole blocks of clean tokens still to be read, or `None`.
+        position_ids, new: Their positions (batch, new) and places.
+    """
+
+    keys_values: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+    read: Places | None = None
+    input_ids: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    new: Places | None = None
