@@ -2,8 +2,9 @@
 
     python training_scripts/benchmark.py
 
-Three questions: what a latent costs over an MDM of the same size in a training step and in generation; what logits
-at masked positions only save over logits everywhere, at a vocabulary of 50,000; and how much of the machine's
+What a latent costs over an MDM of the same size in a training step and in generation, for whole sequences and for
+blocks; what logits at masked positions only save over logits everywhere, at a vocabulary of 50,000; what the cache
+saves in generation, and two streams in training, over one pass of twice the length; and how much of the machine's
 measured matrix-multiplication peak a training step uses. The two sides of a ratio are timed in turns, and the median
 of each is taken.
 """
@@ -20,11 +21,18 @@ from evaluate_vmd import print_table
 from torch.nn import functional as F
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion
+from vmd_hf.masking_vmd import CleanContext
 
 MASK = 1
 
 
-def build(latent_size: int, vocab_size: int = 1000, layers: int = 8, hidden_size: int = 256) -> VMDForMaskedDiffusion:
+def build(
+    latent_size: int,
+    vocab_size: int = 1000,
+    layers: int = 8,
+    hidden_size: int = 256,
+    block_size: int | None = None,
+) -> VMDForMaskedDiffusion:
     torch.manual_seed(0)
     config = VMDConfig(
         vocab_size=vocab_size,
@@ -33,6 +41,8 @@ def build(latent_size: int, vocab_size: int = 1000, layers: int = 8, hidden_size
         num_attention_heads=hidden_size // 64,
         latent_size=latent_size,
         num_latent_encoder_layers=1,
+        block_size=block_size,
+        max_position_embeddings=2048,
         mask_token_id=MASK,
     )
     return VMDForMaskedDiffusion(config)
@@ -51,6 +61,17 @@ def dense_training_step(model: VMDForMaskedDiffusion, input_ids: torch.Tensor) -
     model.zero_grad()
 
 
+def one_pass_training_step(model: VMDForMaskedDiffusion, input_ids: torch.Tensor) -> None:
+    """A step of block diffusion as most code has it: clean and noisy tokens in one pass under a mask of 2L x 2L."""
+    layout = model.model.lay_out(input_ids)
+    masked = torch.rand(input_ids.shape) < 0.5
+    context = CleanContext(input_ids=input_ids, position_ids=layout.position_ids, new=layout.places(clean=True))
+    outputs = model.model(input_ids.masked_fill(masked, MASK), layout=layout, context=context)
+    logits = model.compute_logits(outputs.last_hidden_state[masked])
+    F.cross_entropy(logits, input_ids[masked]).backward()
+    model.zero_grad()
+
+
 def alternate(first: Callable[[], None], second: Callable[[], None], repeats: int) -> tuple[float, float]:
     """Median seconds of each, timed in turns so that both meet the same machine; one untimed call of each first."""
     times: tuple[list[float], list[float]] = ([], [])
@@ -63,9 +84,9 @@ def alternate(first: Callable[[], None], second: Callable[[], None], repeats: in
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def _peak_memory(step: Callable, connection) -> None:
-    model = build(0, vocab_size=50_000, layers=2)
-    input_ids = torch.randint(2, 50_000, (8, 256))
+def _peak_memory(step: Callable, settings: dict, shape: tuple[int, int], connection) -> None:
+    model = build(0, **settings)
+    input_ids = torch.randint(2, model.config.vocab_size, shape)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     torch.manual_seed(0)
     for _ in range(2):
@@ -73,11 +94,11 @@ def _peak_memory(step: Callable, connection) -> None:
     connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
-def peak_memory(step: Callable) -> float:
+def peak_memory(step: Callable, settings: dict, shape: tuple[int, int]) -> float:
     """MiB by which the peak of a new process grows over the model during training steps."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_peak_memory, args=(step, sender))
+    process = context.Process(target=_peak_memory, args=(step, settings, shape, sender))
     process.start()
     process.join()
     return receiver.recv()
@@ -94,60 +115,109 @@ def matmul_peak(size: int = 2048, repeats: int = 10) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
-    options = parser.parse_args()
+class Comparison:
+    """Pairs timed in turns, and their table."""
 
+    def __init__(self, repeats: int):
+        self.repeats = repeats
+        self.rows: list[dict] = []
+
+    def add(self, what: str, first: float, second: float, wanted: str = "") -> None:
+        self.rows.append({"what": what, "first": first, "second": second, "ratio": second / first, "wanted": wanted})
+
+    def time(self, what: str, first: Callable[[], None], second: Callable[[], None], wanted: str = "") -> float:
+        seconds = alternate(first, second, self.repeats)
+        self.add(what, *seconds, wanted)
+        return seconds[0]
+
+
+def whole_sequences(table: Comparison) -> None:
     mdm, vmd = build(0), build(64)
-    input_ids = torch.randint(2, 1000, (options.batch_size, options.length))
+    input_ids = torch.randint(2, 1000, (8, 128))
     masks = torch.full_like(input_ids, MASK)
-    rows = []
-
-    def compare(what: str, first: Callable[[], None], second: Callable[[], None], limit: str) -> tuple[float, float]:
-        seconds = alternate(first, second, options.repeats)
-        rows.append(
-            {"what": what, "first, s": seconds[0], "second, s": seconds[1], "ratio": seconds[1] / seconds[0]}
-            | {"wanted": limit}
-        )
-        return seconds
-
     mdm.train(), vmd.train()
-    mdm_step, _ = compare(
-        "training step, MDM against VMD",
+    seconds = table.time(
+        "training step (8 x 128), s: MDM, VMD",
         lambda: training_step(mdm, input_ids),
         lambda: training_step(vmd, input_ids),
         "<= 1.25",
     )
     mdm.eval(), vmd.eval()
-    compare(
-        "generation in 8 steps, MDM against VMD",
+    table.time(
+        "generation in 8 steps, s: MDM, VMD",
         lambda: mdm.generate(masks, num_steps=8),
         lambda: vmd.generate(masks, num_steps=8),
         "<= 1.05",
     )
-    wide = build(0, vocab_size=50_000, layers=2).train()
-    wide_ids = torch.randint(2, 50_000, (8, 256))
-    compare(
-        "training step at 50,000 tokens, all logits against masked only",
-        lambda: dense_training_step(wide, wide_ids),
-        lambda: training_step(wide, wide_ids),
-        "",
-    )
-    memory = peak_memory(dense_training_step), peak_memory(training_step)
-    rows.append(
-        {"what": "its peak memory over the model, MiB", "first, s": memory[0], "second, s": memory[1]}
-        | {"ratio": memory[1] / memory[0], "wanted": ""}
-    )
-    print_table(f"medians of {options.repeats}, {torch.get_num_threads()} threads", rows)
-
     parameters = sum(p.numel() for name, p in mdm.named_parameters() if "embed" not in name and "lm_head" not in name)
-    achieved = 6 * parameters * input_ids.numel() / mdm_step
+    achieved = 6 * parameters * input_ids.numel() / seconds
     print(
         f"MDM training step: {achieved / 1e9:.0f} GFLOP/s, {100 * achieved / matmul_peak():.0f} % of the measured peak"
     )
+
+
+def vocabulary(table: Comparison) -> None:
+    settings, shape = {"vocab_size": 50_000, "layers": 2}, (8, 256)
+    wide = build(0, **settings).train()
+    input_ids = torch.randint(2, 50_000, shape)
+    table.time(
+        "training step, 50,000 tokens, s: all logits, masked only",
+        lambda: dense_training_step(wide, input_ids),
+        lambda: training_step(wide, input_ids),
+    )
+    memory = [peak_memory(step, settings, shape) for step in (dense_training_step, training_step)]
+    table.add("its peak memory over the model, MiB", *memory)
+
+
+def blocks(table: Comparison) -> None:
+    mdm, vmd = build(0, block_size=16), build(64, block_size=16)
+    input_ids = torch.randint(2, 1000, (8, 128))
+    mdm.train(), vmd.train()
+    table.time(
+        "blocks of 16: training step (8 x 128), s: MDM, VMD",
+        lambda: training_step(mdm, input_ids),
+        lambda: training_step(vmd, input_ids),
+        "<= 1.2",
+    )
+    mdm.eval(), vmd.eval()
+    for batch_size in (1, 8):
+        masks = torch.full((batch_size, 512), MASK)
+        table.time(
+            f"blocks of 16, batch {batch_size}: generation of 512 tokens, 4 steps a block, s: MDM, VMD",
+            lambda: mdm.generate(masks, num_steps=4),  # noqa: B023
+            lambda: vmd.generate(masks, num_steps=4),  # noqa: B023
+            "<= 1.05",
+        )
+        table.time(
+            f"blocks of 16, batch {batch_size}: the same, s: cached, uncached",
+            lambda: vmd.generate(masks, num_steps=4),  # noqa: B023
+            lambda: vmd.generate(masks, num_steps=4, use_cache=False),  # noqa: B023
+            ">= 3",
+        )
+    settings, shape = {"block_size": 16}, (2, 1024)
+    long_ids = torch.randint(2, 1000, shape)
+    mdm.train()
+    table.time(
+        "blocks of 16: training step (2 x 1,024), s: one pass of 2L x 2L, two streams",
+        lambda: one_pass_training_step(mdm, long_ids),
+        lambda: training_step(mdm, long_ids),
+    )
+    memory = [peak_memory(step, settings, shape) for step in (one_pass_training_step, training_step)]
+    table.add("its peak memory over the model, MiB", *memory)
+
+
+SUBJECTS = {"whole": whole_sequences, "vocabulary": vocabulary, "blocks": blocks}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subjects", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args()
+    table = Comparison(options.repeats)
+    for subject in options.subjects:
+        SUBJECTS[subject](table)
+    print_table(f"medians of {options.repeats}, {torch.get_num_threads()} threads; ratio = second / first", table.rows)
 
 
 if __name__ == "__main__":

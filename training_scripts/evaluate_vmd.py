@@ -60,7 +60,9 @@ def draw_samples(
     """(num_samples, length) int64 sequences from fully masked ones, positions revealed in random order."""
     generator = torch.Generator().manual_seed(seed)
     masks = torch.full((num_samples, length), model.config.mask_token_id).split(batch_size)
-    batches = tqdm(masks, desc=str(settings.get("num_steps", "")), leave=False, disable=len(masks) == 1)
+    batches = tqdm(
+        masks, desc=str(settings.get("num_steps", "")), leave=False, disable=None
+    )  # none without a terminal
     return torch.cat(
         [model.generate(batch, generator=generator, remasking="random", **settings).cpu() for batch in batches]
     )
@@ -89,7 +91,7 @@ def evaluate_text(model: PreTrainedModel, tokenizer, args: EvaluationArguments) 
     rows = text_datasets(args.source, tokenizer, length, text_column=args.text_column)["test"]
     batches = torch.as_tensor(rows[: args.num_eval_rows]["input_ids"]).split(50)
     with torch.no_grad():
-        outputs = [model(input_ids=batch, labels=batch) for batch in tqdm(batches, desc="objective")]
+        outputs = [model(input_ids=batch, labels=batch) for batch in tqdm(batches, desc="objective", disable=None)]
     weights = torch.tensor([float(len(batch)) for batch in batches])
     objective = {
         name: float((torch.stack([output[name] for output in outputs]) * weights).sum() / weights.sum())

@@ -315,18 +315,18 @@ class PrefixStreamer:
 
     def __init__(self, streamer):
         self.streamer = streamer
-        self.sent = 0
+        self.sent = -1  # not even the given prefix, which may be empty
 
     def put(self, sequences: torch.Tensor, masked: torch.Tensor):
         open_columns = masked.any(0)
         final = int(open_columns.long().argmax()) if open_columns.any() else len(open_columns)
-        if final > self.sent or self.sent == 0:
-            self.streamer.put(sequences[:, self.sent : final].cpu())
-        self.sent = final
+        if final > self.sent:
+            self.streamer.put(sequences[:, max(self.sent, 0) : final].clone().cpu())
+            self.sent = final
 
     def draft(self, sequences: torch.Tensor):
         if hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(sequences.cpu())
+            self.streamer.put_draft(sequences.clone().cpu())
 
 
 @dataclass

@@ -259,7 +259,10 @@ def register_lora_targets() -> None:
 
 
 class VMDModel(VMDPreTrainedModel):
-    """The denoiser p_theta(x_0 | x_t, z) up to its hidden states: a bidirectional transformer conditioned on z."""
+    """The denoiser p_theta(x_0 | x_t, z) up to its hidden states: a transformer conditioned on z, bidirectional or,
+    with `block_size`, bidirectional within a block and causal over blocks."""
+
+    _keys_to_ignore_on_load_unexpected = (r"latent_encoder\.", r"lm_head\.", r"kl_warmup_progress")
 
     def __init__(self, config: VMDConfig):
         super().__init__(config)

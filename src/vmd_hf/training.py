@@ -39,8 +39,8 @@ class VMDMetricsCallback(TrainerCallback):
 
     Training logs gain `reconstruction_loss`, `kl` (both on the scale of `loss`), `kl_per_latent` (nats, mean over
     latents) and `active_units`: the latent dimensions whose posterior mean varies over the latents since the last log
-    by a variance above 0.01 (Burda, Grosse, Salakhutdinov, arXiv 1509.00519). Evaluation metrics gain the same with the
-    evaluation's prefix.
+    by a variance above 0.01 (Burda, Grosse, Salakhutdinov, arXiv 1509.00519). Evaluation metrics gain the same with
+    the prefix of the evaluation.
 
     Pass it in `Trainer(callbacks=[VMDMetricsCallback()])`. The Trainer calls reporters such as TensorBoard before the
     callbacks it is given; for these to see the values too, use

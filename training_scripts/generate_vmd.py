@@ -1,0 +1,123 @@
+"""Generate text with a saved model; with --watch, see it appear step by step.
+
+    python training_scripts/generate_vmd.py --model outputs/sotu --max_new_tokens 64 --num_steps 16 --watch
+    python training_scripts/generate_vmd.py --model outputs/sotu --prompt "the congress of the [MASK][MASK][MASK]"
+
+Mask tokens in a prompt are gaps to fill; --max_new_tokens appends more. Settings that are not given are those saved
+with the model. --watch draws in the terminal, or prints one line a step where there is no terminal.
+"""
+
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from transformers import AutoModelForMaskedLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+
+import vmd_hf  # noqa: F401, makes AutoModelForMaskedLM know the model
+
+
+@dataclass
+class GenerationArguments:
+    """Fields of VMDGenerationConfig; what is not given stays as it was saved with the model."""
+
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Tokens to append to the prompt."})
+    num_steps: int | None = field(default=None, metadata={"help": "Forward passes, with blocks for each block."})
+    remasking: Literal["random", "top_prob", "top_prob_margin", "entropy"] | None = None
+    do_sample: bool | None = field(default=None, metadata={"help": "Draw tokens instead of taking the likeliest."})
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    confidence_threshold: float | None = None
+    resample_latents: bool | None = field(default=None, metadata={"help": "A fresh z for each step."})
+    latent_scale: float | None = None
+    corrector: Literal["cap", "rescale", "confidence"] | None = None
+    corrector_strength: float | None = None
+    guidance_scale: float | None = None
+    use_cache: bool | None = None
+    cache_implementation: Literal["dynamic", "static"] | None = None
+
+
+@dataclass
+class ScriptArguments:
+    """What to generate from, and how to show it."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of the model."})
+    prompt: str = field(default="", metadata={"help": "Text to go on from; mask tokens in it are gaps to fill."})
+    seed: int = 0
+    watch: bool = field(default=False, metadata={"help": "Show the text after every step."})
+    seconds_per_step: float = field(default=0.1, metadata={"help": "Pause after each step while watching."})
+    trust_remote_code: bool = False
+
+
+class Watcher:
+    """A streamer that shows one sequence as it is denoised: masks as dots, new tokens bold."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console, seconds_per_step: float):
+        self.tokenizer = tokenizer
+        self.console = console
+        self.seconds_per_step = seconds_per_step
+        self.before: torch.Tensor | None = None
+        self.step = 0
+        self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        if self.live is not None:
+            self.live.start()
+
+    def render(self, ids: torch.Tensor) -> Text:
+        text = Text()
+        before = torch.full_like(ids, -1) if self.before is None else self.before
+        for token, old in zip(ids.tolist(), before.tolist(), strict=True):
+            if token == self.tokenizer.mask_token_id:
+                text.append("·", style="dim")
+            elif token != self.tokenizer.pad_token_id:
+                text.append(self.tokenizer.decode([token]), style="bold green" if token != old else "")
+        return text
+
+    def put(self, value: torch.Tensor) -> None:
+        """Final tokens: the draft has shown them already."""
+
+    def put_draft(self, value: torch.Tensor) -> None:
+        self.step += 1
+        text = self.render(value[0])
+        self.before = value[0]
+        if self.live is None:
+            self.console.print(f"{self.step:4d} ", text, sep="", soft_wrap=True, highlight=False)
+            return
+        self.live.update(text, refresh=True)
+        time.sleep(self.seconds_per_step)
+
+    def end(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+
+def main(argv: list[str]) -> None:
+    args, settings = HfArgumentParser((ScriptArguments, GenerationArguments)).parse_args_into_dataclasses(args=argv)
+    model = AutoModelForMaskedLM.from_pretrained(args.model, trust_remote_code=args.trust_remote_code).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    input_ids = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].long().view(1, -1)
+    if not args.prompt and settings.max_new_tokens is None:
+        settings.max_new_tokens = model.config.max_position_embeddings
+
+    console = Console()
+    watcher = Watcher(tokenizer, console, args.seconds_per_step) if args.watch else None
+    start = time.perf_counter()
+    output = model.generate(
+        input_ids.to(model.device),
+        generator=torch.Generator().manual_seed(args.seed),
+        streamer=watcher,
+        return_dict_in_generate=True,
+        **{name: value for name, value in asdict(settings).items() if value is not None},
+    )
+    seconds = time.perf_counter() - start
+    if watcher is None or watcher.live is None:
+        console.print(tokenizer.decode(output.sequences[0]), soft_wrap=True, highlight=False, markup=False)
+    console.print(f"[dim]{int(output.num_forward_passes[0])} forward passes, {seconds:.2f} s[/dim]", highlight=False)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
