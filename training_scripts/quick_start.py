@@ -58,7 +58,7 @@ PAPER = {
 
 
 def run_variant(
-    variant: str, seed: int, recipe_arguments: list[str], output_dir: str
+    variant: str, seed: int, recipe_arguments: list[str], output_dir: str, num_samples: int
 ) -> tuple[list[dict[str, Any]], dict[int, torch.Tensor]]:
     """Trains and evaluates one model: results, and the one-step samples that the heat maps show."""
     settings = [f"--{name}={value}" for name, value in VARIANTS[variant].items()]
@@ -72,7 +72,10 @@ def run_variant(
 
     width = model_args.block_size or target_distribution(data_args.setting, data_args.correlation).dim()
     evaluation = EvaluationArguments(
-        setting=data_args.setting, correlation=data_args.correlation, num_steps=[n for n in (1, 2, 4) if n <= width]
+        setting=data_args.setting,
+        correlation=data_args.correlation,
+        num_steps=[n for n in (1, 2, 4) if n <= width],
+        num_samples=num_samples,
     )
     identity = {"variant": variant, "seed": seed, "tokens_per_block": width}
     results, one_step = [], None
@@ -149,6 +152,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["mdm", "vmd"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--num_samples", type=int, default=100_000)
     parser.add_argument("--output_dir", default="outputs/quick_start")
     options, recipe_arguments = parser.parse_known_args(argv)
     if not (recipe_arguments and recipe_arguments[0].endswith(".yaml")):
@@ -159,13 +163,15 @@ def main(argv: list[str]) -> None:
     results, maps = [], {}
     for seed in options.seeds:
         for variant in options.variants:
-            new, one_step = run_variant(variant, seed, recipe_arguments, options.output_dir)
+            new, one_step = run_variant(variant, seed, recipe_arguments, options.output_dir, options.num_samples)
             results += new
             maps.setdefault(variant.upper() if variant in ("mdm", "vmd") else variant, one_step)
             write_json(f"{options.output_dir}/results.json", results)
 
     name = data_args.setting if data_args.correlation is None else f"{data_args.setting}, p = {data_args.correlation}"
-    print_table(f"{name}: 100,000 samples, seeds {options.seeds}", summarise(data_args.setting, results))
+    print_table(
+        f"{name}: {options.num_samples:,} samples, seeds {options.seeds}", summarise(data_args.setting, results)
+    )
     print(
         "Tokens drawn independently of each other from the true marginals: accuracy "
         f"{100 * independent_accuracy(data_args.setting, data_args.correlation):.2f} %, KL "

@@ -1,0 +1,102 @@
+"""The scripts, from end to end, on the smallest tasks."""
+
+import json
+from pathlib import Path
+
+import evaluate_vmd
+import generate_vmd
+import pytest
+import quick_start
+import train_vmd
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+SCRIPTS = Path(train_vmd.__file__).parent
+
+SMALL = [
+    "--hidden_size=16",
+    "--num_attention_heads=2",
+    "--num_hidden_layers=1",
+    "--report_to=none",
+    "--disable_tqdm=true",
+]
+WORDS = "the quick brown fox jumps over the lazy dog and then it sleeps under a tree "
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (SCRIPTS / "recipes").glob("*.yaml")))
+def test_every_recipe_is_read_and_its_arguments_win_over_defaults_and_lose_to_the_command_line(recipe):
+    _, data, training = train_vmd.parse([str(SCRIPTS / "recipes" / recipe), "--seed=7", "--report_to=none"])
+    assert data.task in ("synthetic", "text")
+    assert training.seed == 7 and training.learning_rate == 3e-3
+
+
+def test_a_name_in_a_recipe_that_is_no_argument_is_an_error(tmp_path):
+    (tmp_path / "wrong.yaml").write_text("task: synthetic\nhiden_size: 3\n")
+    with pytest.raises(ValueError, match="hiden_size"):
+        train_vmd.parse([str(tmp_path / "wrong.yaml")])
+
+
+@pytest.mark.parametrize(("recipe", "steps"), [("d1.yaml", (1, 2, 4)), ("d2_blocks.yaml", (1, 2))])
+def test_the_quick_start_compares_saves_draws_and_loads(tmp_path, capsys, recipe, steps):
+    arguments = ["--max_steps=3", "--num_train_rows=300", "--per_device_train_batch_size=20", *SMALL]
+    quick_start.main([str(SCRIPTS / "recipes" / recipe), "--num_samples=200", f"--output_dir={tmp_path}", *arguments])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {(result["variant"], result["num_steps"]) for result in results} == {
+        (variant, step) for variant in ("mdm", "vmd") for step in steps
+    }
+    assert all(0 <= result["accuracy"] <= 1 and result["kl"] > 0 for result in results)
+    assert {result["sampler"] for result in results if result["variant"] == "mdm"} == {"no z, sampled"}
+    assert (tmp_path / "heat_maps.png").stat().st_size > 10_000
+    output = capsys.readouterr().out
+    assert "loaded from" in output and "paper" in output
+    for variant in ("mdm", "vmd"):
+        config = AutoModelForMaskedLM.from_pretrained(tmp_path / f"{variant}-0").config
+        assert (config.latent_size > 0) == (variant == "vmd")
+
+
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_a_text_model_is_trained_resumed_evaluated_and_generates(tmp_path, capsys, block_size):
+    for index in range(12):
+        (tmp_path / f"{index}.txt").write_text(WORDS * (5 + index))
+    folder = tmp_path / "model"
+    arguments = [
+        str(SCRIPTS / "recipes" / "sotu.yaml"),
+        f"--source={tmp_path}",
+        "--sequence_length=16",
+        "--latent_size=2",
+        "--per_device_train_batch_size=8",
+        "--per_device_eval_batch_size=4",
+        "--num_eval_rows=8",
+        "--eval_steps=2",
+        "--save_steps=2",
+        f"--output_dir={folder}",
+        *SMALL,
+    ]
+    if block_size is not None:
+        arguments.append(f"--block_size={block_size}")
+    train_vmd.main([*arguments, "--max_steps=2"])
+    train_vmd.main([*arguments, "--max_steps=4", "--resume_from_checkpoint=true"])
+    assert json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
+    assert AutoModelForMaskedLM.from_pretrained(folder).config.block_size == block_size
+    assert AutoTokenizer.from_pretrained(folder).mask_token == "[MASK]"
+
+    evaluate_vmd.main(
+        [
+            f"--model={folder}",
+            "--task=text",
+            f"--source={tmp_path}",
+            "--num_steps=2",
+            "--num_texts=3",
+            "--num_eval_rows=8",
+        ]
+    )
+    objective, samples = json.loads((folder / "results.json").read_text())
+    assert objective["loss"] == pytest.approx(objective["reconstruction_loss"] + objective["kl"], rel=1e-5)
+    assert len(samples["sample"]) == 16 and 0 <= samples["known_words"] <= 1
+
+    capsys.readouterr()
+    generate_vmd.main([f"--model={folder}", "--prompt=the ", "--max_new_tokens=6", "--num_steps=3", "--watch"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("the ") and len(lines[-2]) == 10
+    passes = 3 if block_size is None else 5  # 3 for the second block's four masks, 2 for the third's two
+    assert f"{passes} forward passes" in lines[-1]
+    assert len(lines) == passes + 2
