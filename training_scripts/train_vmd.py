@@ -42,6 +42,7 @@ class ModelArguments:
     position_embedding_type: Literal["rotary", "learned", "none"] = "learned"
     latent_size: int = field(default=8, metadata={"help": "0: the MDM baseline."})
     block_size: int | None = field(default=None, metadata={"help": "Tokens a block; default: whole sequences."})
+    prior: Literal["standard", "learned"] = "standard"
     conditioning_size: int = 128
     num_latent_encoder_layers: int = 1
     objective: Literal["vmd", "per_sample", "per_step"] = "vmd"
@@ -113,6 +114,7 @@ def build_model(
         position_embedding_type=args.position_embedding_type,
         latent_size=args.latent_size,
         block_size=args.block_size,
+        prior=args.prior if args.latent_size else "standard",
         conditioning_size=args.conditioning_size,
         num_latent_encoder_layers=args.num_latent_encoder_layers,
         objective=args.objective,

@@ -48,6 +48,8 @@ class VMDConfig(PreTrainedConfig):
         num_latent_encoder_layers: Transformer layers of the posterior `q(z | x_0, x_t)`.
         block_size: Tokens a block: the model is autoregressive over blocks, each with its own latent, time and
             denoising (block diffusion). `None`: one latent for the whole sequence.
+        prior: `"standard"`: z ~ N(0, I). `"learned"`, with blocks only: a diagonal Gaussian p(z | clean earlier blocks),
+            which costs generation one forward pass a block.
         objective: `"vmd"` (the paper's, default), `"per_sample"` or `"per_step"`: see [`VMDForMaskedDiffusion`].
         objective_steps: Numbers of sampling steps that `per_sample` and `per_step` train for; one is drawn for
             each row.
@@ -93,6 +95,7 @@ class VMDConfig(PreTrainedConfig):
     conditioning_size: int = 128
     num_latent_encoder_layers: int = 1
     block_size: int | None = None
+    prior: Literal["standard", "learned"] = "standard"
     objective: Literal["vmd", "per_sample", "per_step"] = "vmd"
     objective_steps: list[int] | tuple[int, ...] = (1, 2, 4)
     kl_weight: float | int = 1.0
@@ -148,6 +151,11 @@ class VMDConfig(PreTrainedConfig):
             )
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"block_size must be None (whole sequences) or at least 1, got {self.block_size}")
+        if self.prior == "learned" and (self.block_size is None or self.latent_size == 0):
+            raise ValueError(
+                "prior='learned' needs blocks, whose earlier ones it sees, and a latent, got "
+                f"block_size={self.block_size} and latent_size={self.latent_size}"
+            )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be an activation that transformers knows, got {self.hidden_act!r}")
 

@@ -649,13 +649,16 @@ class VMDGenerationMixin:
         row_steps = num_maskable if config.num_steps is None else step_schedule(num_maskable, config.num_steps)
         if config.corrector is not None and config.num_steps is not None:
             row_steps = torch.full_like(num_maskable, config.num_steps)
+        prior = None
+        if self.model.latent_prior is not None and not state.given_latents:
+            prior = self._read_prior(state, rows, round_index)
         step = 0
         while len(active := (masked.any(-1) & ~state.stopped[rows]).nonzero().squeeze(-1)):
             step += 1
             if state.latents is not None and not state.given_latents and (step == 1 or config.resample_latents):
-                state.latents[rows[active], round_index] = self._draw_latents(rows[active], state)
+                state.latents[rows[active], round_index] = self._draw_latents(rows[active], state, prior, active)
             chosen, confidence, chosen_probability = self._predict(
-                state, rows[active], round_index, tokens[active], masked[active], step == 1
+                state, rows[active], round_index, tokens[active], masked[active], step == 1 and prior is None
             )
             before = num_revealed(step - 1, num_maskable, row_steps)[active]
             after = num_revealed(step, num_maskable, row_steps)[active]
@@ -779,9 +782,39 @@ class VMDGenerationMixin:
             )
         return latents.clone()
 
-    def _draw_latents(self, rows: torch.Tensor, state: GenerationState) -> torch.Tensor:
+    def _read_prior(
+        self, state: GenerationState, rows: torch.Tensor, round_index: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A pass over the clean tokens before the blocks of `rows`: mean and log-variance of p(z | these tokens), each
+        (rows, latent_size)."""
+        canvas, block = state.canvas, state.canvas.order[rows, round_index]
+        context = state.reader.context(rows, block, round_index, True)
+        before = torch.zeros(len(rows), self.config.hidden_size, device=self.device, dtype=self.dtype)
+        if context.input_ids is not None:
+            width = canvas.layout.width
+            first = context.new.block[:, :1]
+            new = Layout(
+                num_blocks=context.input_ids.shape[1] // width,
+                width=width,
+                position_ids=context.position_ids,
+                real=None,
+                document=context.new.document,
+                first_block=first,
+            )
+            hidden_states, read = self.model.read(context.input_ids, new, context.without_new())
+            state.reader.keep(rows, context, read.keys_values)
+            state.num_forward_passes[rows] += 1
+            last = (block - first[: len(rows), 0]) * width - 1  # -1: nothing before the block
+            before = hidden_states[torch.arange(len(rows)), last] * (last >= 0)[:, None]
+        return self.model.latent_prior(before)
+
+    def _draw_latents(self, rows, state: GenerationState, prior=None, active=None) -> torch.Tensor:
         sizes = [1] * len(rows), (self.config.latent_size,)
-        return state.config.latent_scale * draw(torch.randn, *sizes, state.generators(rows), self.device)
+        noise = state.config.latent_scale * draw(torch.randn, *sizes, state.generators(rows), self.device)
+        if prior is None:
+            return noise
+        mean, log_variance = prior
+        return mean[active] + (0.5 * log_variance[active]).exp() * noise
 
     def _generation_settings(self, generation_config, kwargs) -> VMDGenerationConfig:
         if generation_config is None:

@@ -203,3 +203,6 @@ class CleanContext:
     input_ids: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     new: Places | None = None
+
+    def without_new(self) -> "CleanContext":
+        return CleanContext(keys_values=self.keys_values, read=self.read)

@@ -152,7 +152,11 @@ class VMDLayer(GradientCheckpointingLayer):
         return add_gated(hidden_states, self.dropout(update), gate_2), own
 
 
-class VMDModulation(nn.Linear):
+class VMDZeroLinear(nn.Linear):
+    """A linear layer that starts at zero."""
+
+
+class VMDModulation(VMDZeroLinear):
     """adaLN-zero: conditioning vector to six modulations. Zero at the start, which makes the modulation the identity
     (scale 1 + 0, shift 0, gate 1 + 0), so that training starts from a plain masked diffusion model."""
 
@@ -197,7 +201,7 @@ class VMDPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, VMDModulation):
+        if isinstance(module, VMDZeroLinear):
             init.zeros_(module.weight)
         elif isinstance(module, VMDLatentLinear):
             # z is of unit scale, unlike hidden states behind a norm: keep its variance through the two maps.
@@ -238,6 +242,21 @@ class VMDLatentLinear(nn.Linear):
     calls only for modules that have parameters themselves)."""
 
 
+class VMDLatentPrior(nn.Module):
+    """The learned prior p(z | clean earlier blocks), from the last clean hidden state before a block. N(0, I) at the
+    start, and like it where there is nothing before."""
+
+    def __init__(self, config: VMDConfig):
+        super().__init__()
+        self.in_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act = nn.SiLU()
+        self.out_proj = VMDZeroLinear(config.hidden_size, 2 * config.latent_size)
+
+    def forward(self, before):
+        """(..., hidden) to mean and log-variance, each (..., latent_size) float32."""
+        return self.out_proj(self.act(self.in_proj(before))).float().chunk(2, dim=-1)
+
+
 class VMDConditioner(nn.Module):
     """Latent (batch, latent_size) to conditioning vector (batch, conditioning_size)."""
 
@@ -272,6 +291,7 @@ class VMDModel(VMDPreTrainedModel):
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
         self.conditioner = VMDConditioner(config) if config.latent_size else None
+        self.latent_prior = VMDLatentPrior(config) if config.prior == "learned" else None
         self.rotary_emb = LlamaRotaryEmbedding(config) if config.position_embedding_type == "rotary" else None
         self.gradient_checkpointing = False
         self.post_init()
@@ -315,6 +335,7 @@ class VMDModel(VMDPreTrainedModel):
         latents: torch.Tensor | None = None,
         layout: Layout | None = None,
         context: CleanContext | None = None,
+        clean: bool = False,
         **kwargs,
     ) -> BaseModelOutput:
         """
@@ -327,6 +348,8 @@ class VMDModel(VMDPreTrainedModel):
             layout: With it, `input_ids` are on its grid already, and so is what comes back.
             context: With blocks and `layout`, the clean tokens that the blocks see; default: earlier blocks of
                 `input_ids` as they stand.
+            clean: With blocks and `layout`, `input_ids` are clean tokens to be read: block-causal, under the null
+                latent. The output has their keys and values.
 
         Returns:
             `last_hidden_state` (batch, length, hidden_size), after the final norm. With blocks, `attentions` are those
@@ -336,11 +359,15 @@ class VMDModel(VMDPreTrainedModel):
             ValueError: for a wrong shape, or more tokens than a position table has.
         """
         if layout is not None:
-            return self.run(input_ids, layout, latents, context, return_dict=True, **kwargs)
+            return self.run(input_ids, layout, latents, context, clean, return_dict=True, **kwargs)
         layout = self.lay_out(input_ids, attention_mask, position_ids)
         grid = layout.scatter(input_ids, 0)
         if self.config.block_size is not None:
-            context = CleanContext(input_ids=grid, position_ids=layout.position_ids, new=layout.places(clean=True))
+            if self.latent_prior is not None and latents is None:
+                hidden_states, context = self.read(grid, layout)
+                latents, _ = self.latent_prior(last_before_blocks(hidden_states, layout))
+            else:
+                context = CleanContext(input_ids=grid, position_ids=layout.position_ids, new=layout.places(clean=True))
         outputs = self.run(grid, layout, latents, context, return_dict=True, **kwargs)
         outputs.last_hidden_state = layout.gather(outputs.last_hidden_state)
         if outputs.hidden_states is not None and self.config.block_size is not None:
@@ -354,6 +381,7 @@ class VMDModel(VMDPreTrainedModel):
         layout: Layout,
         latents: torch.Tensor | None = None,
         context: CleanContext | None = None,
+        clean: bool = False,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """One pass over blocks (or whole sequences) on their grid, and over the clean tokens still to be read.
@@ -361,9 +389,9 @@ class VMDModel(VMDPreTrainedModel):
         `past_key_values` of the output are those of the clean tokens read in this pass: a tuple for each layer.
         """
         check_latents(latents, self.config, layout, len(input_ids))
-        num_new = 0
-        position_ids = layout.position_ids
-        if context is not None and context.input_ids is not None:
+        context = context or CleanContext()
+        position_ids, num_new = layout.position_ids, 0
+        if context.input_ids is not None:
             num_new = context.input_ids.shape[1]
             input_ids = torch.cat([context.input_ids, input_ids], dim=1)
             position_ids = torch.cat([context.position_ids, position_ids], dim=1)
@@ -371,18 +399,18 @@ class VMDModel(VMDPreTrainedModel):
         if self.config.block_size is None:
             attention = self.attention_context(hidden_states, layout.real, position_ids)
         else:
-            query = layout.places(clean=False)
-            query = query if not num_new else join_places([context.new, query])
-            key = query if context is None or context.read is None else join_places([context.read, query])
+            query = layout.places(clean)
+            query = query if context.new is None else join_places([context.new, query])
+            key = query if context.read is None else join_places([context.read, query])
             attention = {
                 "attention_mask": block_attention_mask(self.config, query, key, hidden_states.dtype),
                 "position_embeddings": self.rotary_angles(hidden_states, position_ids),
             }
         hidden_states, keys_values = self.run_layers(
             hidden_states,
-            num_new,
-            None if context is None else context.keys_values,
-            conditioning=self.condition(latents, layout, hidden_states),
+            input_ids.shape[1] if clean else num_new,
+            context.keys_values,
+            conditioning=None if clean else self.condition(latents, layout, hidden_states),
             num_clean_blocks=num_new // layout.width,
             **attention,
             **kwargs,
@@ -391,23 +419,17 @@ class VMDModel(VMDPreTrainedModel):
             last_hidden_state=self.norm(hidden_states[:, num_new:]), past_key_values=keys_values or None
         )
 
-    def read(self, input_ids: torch.LongTensor, layout: Layout, **kwargs) -> tuple[torch.Tensor, CleanContext]:
-        """Reads clean tokens on the grid, block-causal, under the null latent, in a pass of their own.
+    def read(
+        self, input_ids: torch.LongTensor, layout: Layout, context: CleanContext | None = None
+    ) -> tuple[torch.Tensor, CleanContext]:
+        """Reads clean tokens on the grid in a pass of their own.
 
         Returns:
-            Hidden states (batch, length, hidden_size) after the final norm, and the context for `run`.
+            Hidden states (batch, N * width, hidden_size), and what `run` needs to know of these tokens.
         """
-        hidden_states = self.embeddings(input_ids, layout.position_ids)
-        places = layout.places(clean=True)
-        hidden_states, keys_values = self.run_layers(
-            hidden_states,
-            input_ids.shape[1],
-            None,
-            attention_mask=block_attention_mask(self.config, places, places, hidden_states.dtype),
-            position_embeddings=self.rotary_angles(hidden_states, layout.position_ids),
-            **kwargs,
-        )
-        return self.norm(hidden_states), CleanContext(keys_values=keys_values, read=places)
+        outputs = self(input_ids, layout=layout, context=context, clean=True, return_dict=True)
+        read = CleanContext(keys_values=outputs.past_key_values, read=layout.places(clean=True))
+        return outputs.last_hidden_state, read
 
     def run_layers(self, hidden_states, num_new, keys_values, **kwargs):
         """The layers, and each one's keys and values at the first `num_new` tokens."""
@@ -454,16 +476,15 @@ class VMDLatentEncoder(nn.Module):
         Args:
             clean_embeddings: (batch, length, hidden), embeddings of x_0. With blocks, a row here is a block.
             masked, revealed: (batch, length) bool, as in `Corruption`.
-            before: With blocks, (batch, 1, hidden): the last clean hidden state before the block, 0 if there is none.
+            before: With blocks, (batch, hidden): the last clean hidden state before the block, 0 if there is none.
 
         Returns:
-            mean and log-variance, each (batch, latent_size) float32. Where nothing is revealed the posterior is the
-            prior, so that its KL is 0.
+            mean and log-variance, each (batch, latent_size) float32; 0 where nothing is revealed.
         """
         flags = torch.where(revealed, REVEALED_NOW, torch.where(masked, STILL_MASKED, VISIBLE))
         hidden_states = clean_embeddings + self.embed_flags(flags)
         if before is not None:
-            hidden_states = hidden_states + self.before_proj(before)
+            hidden_states = hidden_states + self.before_proj(before)[:, None]
         for layer in self.layers:
             hidden_states, _ = layer(hidden_states, **attention_context)
         weights = revealed.to(hidden_states.dtype)
@@ -583,13 +604,15 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         context, before = None, None
         if self.config.block_size is not None:
             clean_hidden_states, context = self.model.read(clean, layout)
-            before = last_before_blocks(clean_hidden_states, layout)
+            before = last_before_blocks(clean_hidden_states, layout).flatten(0, 1)  # (units, hidden)
         q_mean, kl_elements = None, None
         per_latent = (len(clean),) if self.config.block_size is None else (len(clean), layout.num_blocks)
         if self.latent_encoder is not None:
             q_mean, q_log_variance = self.encode(clean, layout, maskable, corruption, before)
             latents = (q_mean + (0.5 * q_log_variance).exp() * noise[2]).view(*per_latent, -1)
-            kl_elements = gaussian_kl(q_mean, q_log_variance)  # (units, latent_size)
+            prior = () if self.model.latent_prior is None else self.model.latent_prior(before)
+            kl_elements = gaussian_kl(q_mean, q_log_variance, *prior)  # (units, latent_size)
+            kl_elements = kl_elements * corruption.revealed.any(-1, keepdim=True)
 
         x_t = units.masked_fill(corruption.masked, self.config.mask_token_id).view_as(clean)
         outputs = self.model(x_t, latents=latents, layout=layout, context=context, return_dict=True, **kwargs)
@@ -672,13 +695,12 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
 def last_before_blocks(hidden_states: torch.Tensor, layout: Layout) -> torch.Tensor:
     """For each block the clean hidden state of the token before it, 0 where it is the first of its document.
 
-    (batch, N * width, hidden) to (batch * N, 1, hidden).
+    (batch, N * width, hidden) to (batch, N, hidden).
     """
     last = hidden_states.unflatten(1, (layout.num_blocks, layout.width))[:, :, -1]  # (batch, N, hidden)
     document = layout.document.unflatten(1, (layout.num_blocks, layout.width))
     follows = document[:, 1:, 0] == document[:, :-1, -1]
-    before = nn.functional.pad(last[:, :-1] * follows[..., None], (0, 0, 1, 0))
-    return before.flatten(0, 1)[:, None]
+    return nn.functional.pad(last[:, :-1] * follows[..., None], (0, 0, 1, 0))
 
 
 def check_shape(name, value, expected):

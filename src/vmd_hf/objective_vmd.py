@@ -4,9 +4,17 @@ import torch
 from torch.nn import functional as F
 
 
-def gaussian_kl(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean, exp(log_variance)) || N(0, 1)) for each element, in nats. Any shape."""
+def gaussian_kl(
+    mean: torch.Tensor,
+    log_variance: torch.Tensor,
+    prior_mean: torch.Tensor | None = None,
+    prior_log_variance: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """KL(N(mean, exp(log_variance)) || prior) for each element, in nats. Any shape. Default prior: N(0, 1)."""
     mean, log_variance = mean.float(), log_variance.float()
+    if prior_mean is not None:
+        mean = (mean - prior_mean.float()) * (-0.5 * prior_log_variance.float()).exp()
+        log_variance = log_variance - prior_log_variance.float()
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
 
 
