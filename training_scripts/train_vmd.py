@@ -38,6 +38,7 @@ class ModelArguments:
     model_name_or_path: str | None = field(default=None, metadata={"help": "Start from these weights."})
     hidden_size: int = 64
     num_hidden_layers: int = 2
+    num_loops: int = 1
     num_attention_heads: int = 4
     position_embedding_type: Literal["rotary", "learned", "none"] = "learned"
     latent_size: int = field(default=8, metadata={"help": "0: the MDM baseline."})
@@ -110,6 +111,7 @@ def build_model(
         max_position_embeddings=sequence_length,
         hidden_size=args.hidden_size,
         num_hidden_layers=args.num_hidden_layers,
+        num_loops=args.num_loops,
         num_attention_heads=args.num_attention_heads,
         position_embedding_type=args.position_embedding_type,
         latent_size=args.latent_size,

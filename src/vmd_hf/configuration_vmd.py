@@ -33,6 +33,7 @@ class VMDConfig(PreTrainedConfig):
         vocab_size: Number of tokens, special tokens (mask, pad, ...) included.
         hidden_size: Width of the transformer; a multiple of `num_attention_heads`.
         num_hidden_layers: Layers of the denoiser.
+        num_loops: How often the stack of layers is run through, with the same weights: depth without parameters.
         num_attention_heads: Attention heads. With rotary positions, `hidden_size / num_attention_heads` is even.
         intermediate_size: Width of the feed-forward layers; `None` means `4 * hidden_size`.
         hidden_act: Activation of the feed-forward layers, a name that transformers knows.
@@ -48,8 +49,8 @@ class VMDConfig(PreTrainedConfig):
         num_latent_encoder_layers: Transformer layers of the posterior `q(z | x_0, x_t)`.
         block_size: Tokens a block: the model is autoregressive over blocks, each with its own latent, time and
             denoising (block diffusion). `None`: one latent for the whole sequence.
-        prior: `"standard"`: z ~ N(0, I). `"learned"`, with blocks only: a diagonal Gaussian p(z | clean earlier blocks),
-            which costs generation one forward pass a block.
+        prior: `"standard"`: z ~ N(0, I). `"learned"`, with blocks only: a diagonal Gaussian p(z | clean earlier
+            blocks), which costs generation one forward pass a block.
         objective: `"vmd"` (the paper's, default), `"per_sample"` or `"per_step"`: see [`VMDForMaskedDiffusion`].
         objective_steps: Numbers of sampling steps that `per_sample` and `per_step` train for; one is drawn for
             each row.
@@ -84,6 +85,7 @@ class VMDConfig(PreTrainedConfig):
     vocab_size: int = 32_000
     hidden_size: int = 768
     num_hidden_layers: int = 12
+    num_loops: int = 1
     num_attention_heads: int = 12
     intermediate_size: int | None = None
     hidden_act: str = "gelu"
@@ -134,7 +136,7 @@ class VMDConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "conditioning_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_hidden_layers", "max_position_embeddings", "num_latent_encoder_layers"):
+        for name in ("num_hidden_layers", "num_loops", "max_position_embeddings", "num_latent_encoder_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.latent_size < 0:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.generation import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.utils import ModelOutput
@@ -412,7 +412,9 @@ class ContextReader:
         if config.use_cache and config.cache_implementation == "static":
             before = canvas.order.clamp(min=0)
             num_blocks = int(torch.diff(before, prepend=torch.zeros_like(before[:, :1])).clamp(min=0).amax(0).sum())
-            self.cache = StaticCache(model_config, max_cache_len=max(num_blocks, 1) * canvas.layout.width)
+            num_layers = model_config.num_hidden_layers * model_config.num_loops
+            columns = max(num_blocks, 1) * canvas.layout.width
+            self.cache = Cache(layers=[StaticLayer(max_cache_len=columns) for _ in range(num_layers)])
         elif config.use_cache:
             self.cache = DynamicCache()
 

@@ -432,11 +432,11 @@ class VMDModel(VMDPreTrainedModel):
         return outputs.last_hidden_state, read
 
     def run_layers(self, hidden_states, num_new, keys_values, **kwargs):
-        """The layers, and each one's keys and values at the first `num_new` tokens."""
+        """The layers (`num_loops` times), and each one's keys and values at the first `num_new` tokens."""
         new = []
-        for index, layer in enumerate(self.layers):
+        for index in range(self.config.num_loops * len(self.layers)):
             context = None if keys_values is None else keys_values[index]
-            hidden_states, own = layer(hidden_states, context=context, **kwargs)
+            hidden_states, own = self.layers[index % len(self.layers)](hidden_states, context=context, **kwargs)
             if num_new:
                 new.append(tuple(part[:, :, :num_new] for part in own))
         return hidden_states, new
