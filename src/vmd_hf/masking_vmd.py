@@ -177,7 +177,7 @@ def lay_out_blocks(
         block_in_document = positions // block_size
         new_block = real & (new_document | (block_in_document != before.div(block_size, rounding_mode="floor")))
         block = new_block.long().cumsum(-1) - 1
-        num_blocks = int(block.max()) + 1
+        num_blocks = max(int(block.max()) + 1, 1)
         slots = block.clamp(min=0) * block_size + positions % block_size
     layout = Layout(num_blocks, block_size, positions, None, document)
     layout.slots = slots.masked_fill(~real, num_blocks * block_size)

@@ -243,8 +243,8 @@ class VMDLatentLinear(nn.Linear):
 
 
 class VMDLatentPrior(nn.Module):
-    """The learned prior p(z | clean earlier blocks), from the last clean hidden state before a block. N(0, I) at the
-    start, and like it where there is nothing before."""
+    """The learned prior p(z | clean earlier blocks), from the last clean hidden state before a block, or zeros where
+    there is none. N(0, I) when training starts."""
 
     def __init__(self, config: VMDConfig):
         super().__init__()
@@ -370,8 +370,7 @@ class VMDModel(VMDPreTrainedModel):
                 context = CleanContext(input_ids=grid, position_ids=layout.position_ids, new=layout.places(clean=True))
         outputs = self.run(grid, layout, latents, context, return_dict=True, **kwargs)
         outputs.last_hidden_state = layout.gather(outputs.last_hidden_state)
-        if outputs.hidden_states is not None and self.config.block_size is not None:
-            outputs.hidden_states = tuple(layout.gather(h[:, -grid.shape[1] :]) for h in outputs.hidden_states)
+        outputs.hidden_states = gather_hidden_states(outputs.hidden_states, layout)
         return outputs
 
     @capture_outputs
@@ -630,7 +629,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             kl=kl.detach(),
             kl_per_latent=None if kl_elements is None else kl_elements.sum(-1).detach().view(per_latent),
             posterior_mean=None if q_mean is None else q_mean.detach().view(*per_latent, -1),
-            hidden_states=outputs.hidden_states,
+            hidden_states=gather_hidden_states(outputs.hidden_states, layout),
             attentions=outputs.attentions,
         )
 
@@ -692,6 +691,14 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         return kl, beta * kl_loss
 
 
+def gather_hidden_states(hidden_states, layout: Layout):
+    """Each of `hidden_states` (or `None`, where not selected), [clean tokens, grid], for the rows' own columns."""
+    if hidden_states is None:
+        return None
+    length = layout.num_blocks * layout.width
+    return tuple(None if state is None else layout.gather(state[:, -length:]) for state in hidden_states)
+
+
 def last_before_blocks(hidden_states: torch.Tensor, layout: Layout) -> torch.Tensor:
     """For each block the clean hidden state of the token before it, 0 where it is the first of its document.
 
@@ -699,7 +706,7 @@ def last_before_blocks(hidden_states: torch.Tensor, layout: Layout) -> torch.Ten
     """
     last = hidden_states.unflatten(1, (layout.num_blocks, layout.width))[:, :, -1]  # (batch, N, hidden)
     document = layout.document.unflatten(1, (layout.num_blocks, layout.width))
-    follows = document[:, 1:, 0] == document[:, :-1, -1]
+    follows = (document[:, 1:, 0] == document[:, :-1, -1]) & (document[:, 1:, 0] >= 0)
     return nn.functional.pad(last[:, :-1] * follows[..., None], (0, 0, 1, 0))
 
 
