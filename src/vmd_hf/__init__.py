@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from .configuration_vmd import VMDConfig
 from .generation_vmd import VMDGenerateOutput, VMDGenerationConfig
+from .likelihood import CorpusBound, NELBOOutput, corpus_bound, nelbo
 from .modeling_vmd import VMDForMaskedDiffusion, VMDMaskedDiffusionOutput, VMDModel, VMDPreTrainedModel
 
 __version__ = "0.1.0"
@@ -16,6 +17,8 @@ AutoModel.register(VMDConfig, VMDModel)
 AutoModelForMaskedLM.register(VMDConfig, VMDForMaskedDiffusion)
 
 __all__ = [
+    "CorpusBound",
+    "NELBOOutput",
     "VMDConfig",
     "VMDForMaskedDiffusion",
     "VMDGenerateOutput",
@@ -23,4 +26,6 @@ __all__ = [
     "VMDMaskedDiffusionOutput",
     "VMDModel",
     "VMDPreTrainedModel",
+    "corpus_bound",
+    "nelbo",
 ]

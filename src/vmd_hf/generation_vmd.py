@@ -321,12 +321,12 @@ class PrefixStreamer:
         open_columns = masked.any(0)
         final = int(open_columns.long().argmax()) if open_columns.any() else len(open_columns)
         if final > self.sent:
-            self.streamer.put(sequences[:, max(self.sent, 0) : final].clone().cpu())
+            self.streamer.put(sequences[:, max(self.sent, 0) : final].cpu())
             self.sent = final
 
     def draft(self, sequences: torch.Tensor):
         if hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(sequences.clone().cpu())
+            self.streamer.put_draft(sequences.cpu())
 
 
 @dataclass
@@ -339,6 +339,8 @@ class Canvas:
         given: (batch, N * width) bool, tokens that were there from the start.
         layout: Of the grid.
         order: (batch, rounds) int64, the block that each row fills in each round, -1 where it has none left.
+        padding: (batch, length), the rows as they were given, for what stands on padding.
+        real: (batch, length) bool, what does not.
     """
 
     tokens: torch.Tensor
@@ -346,6 +348,8 @@ class Canvas:
     given: torch.Tensor
     layout: Layout
     order: torch.Tensor
+    padding: torch.Tensor
+    real: torch.Tensor
 
     @classmethod
     def create(cls, sequences, attention_mask, layout: Layout, mask_token_id: int) -> "Canvas":
@@ -356,7 +360,15 @@ class Canvas:
         count = unfilled.sum(-1, keepdim=True)
         order = unfilled.long().argsort(dim=-1, descending=True, stable=True)[:, : int(count.max())]
         order = order.masked_fill(torch.arange(order.shape[1], device=order.device) >= count, -1)
-        return cls(tokens, masked, real & ~masked, layout, order)
+        return cls(tokens, masked, real & ~masked, layout, order, sequences, attention_mask != 0)
+
+    def sequences(self) -> torch.Tensor:
+        """(batch, length) in the rows' own columns, a copy."""
+        return torch.where(self.real, self.layout.gather(self.tokens), self.padding)
+
+    def open_columns(self) -> torch.Tensor:
+        """(batch, length) bool in the rows' own columns, still masked."""
+        return self.real & self.layout.gather(self.masked)
 
     def columns(self, first_block: torch.Tensor, num_blocks: int) -> torch.Tensor:
         """(rows, num_blocks * width): the columns of `num_blocks` blocks from each row's `first_block` (rows,) on,
@@ -495,7 +507,7 @@ class GenerationState:
 
     def sequences(self) -> torch.Tensor:
         """(batch, length) in the rows' own columns, with everything after an end-of-sequence token padded."""
-        return pad_after_eos(self.canvas.layout.gather(self.canvas.tokens), self.config)
+        return pad_after_eos(self.canvas.sequences(), self.config)
 
     def generators(self, rows: torch.Tensor) -> Generators:
         return [self.generator[row] for row in rows.tolist()] if isinstance(self.generator, list) else self.generator
@@ -619,7 +631,7 @@ class VMDGenerationMixin:
             streamer=None if streamer is None else PrefixStreamer(streamer),
         )
         if streamer is not None:
-            state.streamer.put(sequences, layout.gather(canvas.masked))
+            state.streamer.put(sequences, canvas.open_columns())
         for round_index in range(canvas.order.shape[1]):
             rows = ((canvas.order[:, round_index] >= 0) & ~state.stopped).nonzero().squeeze(-1)
             if len(rows) == 0:
@@ -691,22 +703,22 @@ class VMDGenerationMixin:
         """Counts, and shows the sequences to whoever wants them."""
         state.num_forward_passes[active] += 1
         if state.config.output_history:
-            state.history.append(state.canvas.layout.gather(state.canvas.tokens).clone())
+            state.history.append(state.canvas.sequences())
         if state.stopping_criteria is not None:
-            sequences = state.canvas.layout.gather(state.canvas.tokens)
+            sequences = state.canvas.sequences()
             state.stopped |= state.stopping_criteria(sequences, None)
         if state.streamer is not None:
             state.streamer.draft(state.sequences())
             if state.config.corrector is None:  # with one, nothing is final before its block is
-                state.streamer.put(state.sequences(), state.canvas.layout.gather(state.canvas.masked))
+                state.streamer.put(state.sequences(), state.canvas.open_columns())
 
     def _after_blocks(self, state: GenerationState) -> None:
         """Rows with an end-of-sequence token are finished; what is final is streamed."""
-        sequences = state.canvas.layout.gather(state.canvas.tokens)
+        sequences = state.canvas.sequences()
         if (is_eos := new_eos_tokens(sequences, state.config)) is not None:
             state.stopped |= is_eos.any(-1)
         if state.streamer is not None:
-            state.streamer.put(state.sequences(), state.canvas.layout.gather(state.canvas.masked))
+            state.streamer.put(state.sequences(), state.canvas.open_columns())
 
     def _predict(
         self,
@@ -747,7 +759,7 @@ class VMDGenerationMixin:
         places = masked.nonzero(as_tuple=True)
         logits = self.compute_logits(hidden_states[places]).float()  # (positions, vocabulary)
         if state.logits_processor is not None:
-            logits = state.logits_processor(canvas.layout.gather(canvas.tokens)[rows[places[0]]], logits)
+            logits = state.logits_processor(canvas.sequences()[rows[places[0]]], logits)
         counts = masked.sum(-1).tolist()
         if config.do_sample:
             # The largest of probabilities over independent exponentials falls on a token with its probability.

@@ -1,0 +1,21 @@
+"""Modules for the `evaluate` library: `evaluate.load(path)` of a file here, or [`load`] by name."""
+
+from pathlib import Path
+
+import evaluate
+
+NAMES = ("joint_distribution", "likelihood_bound", "sudoku_validity", "text_quality")
+
+
+def load(name: str, **kwargs) -> evaluate.EvaluationModule:
+    """`evaluate.load` of one of this package's metrics.
+
+    Raises:
+        ValueError: for a name that is none of them.
+    """
+    if name not in NAMES:
+        raise ValueError(f"name must be one of {NAMES}, got {name!r}")
+    return evaluate.load(str(Path(__file__).with_name(f"{name}.py")), **kwargs)
+
+
+__all__ = ["NAMES", "load"]

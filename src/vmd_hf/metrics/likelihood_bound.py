@@ -1,0 +1,94 @@
+"""Bits per character and a perplexity bound of a model on texts."""
+
+import math
+
+import datasets
+import evaluate
+import torch
+
+from vmd_hf.likelihood import nelbo
+
+_DESCRIPTION = """An upper bound on what a masked diffusion model with a latent needs to say a text: bits per
+character, and 2 to the bits per token, a bound on the perplexity. It is the bound of a sampler: which one, and in how
+many steps, belongs to the number."""
+
+_KWARGS_DESCRIPTION = """
+Args:
+    predictions: texts.
+    model: the model itself (a VMDForMaskedDiffusion, bare or wrapped by PEFT), not a name.
+    tokenizer: its tokenizer.
+    bound: "per_sample" (one z kept) or "per_step" (a fresh z for each step).
+    num_steps: steps of the sampler, with blocks for each block.
+    num_samples: draws of z in an importance-weighted bound.
+    batch_size: texts at a time.
+    seed: of the noise.
+Returns:
+    bits_per_character, bits_per_token, perplexity_bound, standard_error (of bits_per_character, over texts),
+    num_characters, num_tokens, and bound, num_steps, num_samples.
+"""
+
+_CITATION = """@article{zhang2025variational,
+  title={Variational Masked Diffusion Models}, author={Zhang, Schwing, Zhao}, journal={arXiv:2510.23606}, year={2025}
+}"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class LikelihoodBound(evaluate.Metric):
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features({"predictions": datasets.Value("string")}),
+        )
+
+    def _compute(
+        self,
+        predictions,
+        model,
+        tokenizer,
+        bound: str = "per_sample",
+        num_steps: int = 1,
+        num_samples: int = 1,
+        batch_size: int = 16,
+        seed: int = 0,
+        **kwargs,
+    ):
+        if any(not text for text in predictions):
+            raise ValueError("predictions must be texts of at least one character, got an empty one")
+        generator = torch.Generator().manual_seed(seed)
+        device = next(model.parameters()).device
+        nats, tokens = [], []
+        for start in range(0, len(predictions), batch_size):
+            batch = tokenizer(predictions[start : start + batch_size], padding=True, return_tensors="pt").to(device)
+            output = nelbo(
+                model,
+                batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100),
+                bound=bound,
+                num_steps=num_steps,
+                num_samples=num_samples,
+                generator=generator,
+            )
+            nats.append(output.nelbo.double().cpu())
+            tokens.append(output.num_tokens.cpu())
+        bits = torch.cat(nats) / math.log(2)
+        characters = torch.tensor([len(text) for text in predictions], dtype=torch.float64)
+        per_character = (bits.sum() / characters.sum()).item()
+        # Of a ratio of sums over texts, to first order.
+        residuals = bits - per_character * characters
+        error = (residuals.square().sum() / max(len(bits) - 1, 1) * len(bits)).sqrt() / characters.sum()
+        num_tokens = int(torch.cat(tokens).sum())
+        per_token = bits.sum().item() / num_tokens
+        return {
+            "bits_per_character": per_character,
+            "bits_per_token": per_token,
+            "perplexity_bound": 2.0**per_token,
+            "standard_error": error.item() if len(bits) > 1 else math.nan,
+            "num_characters": int(characters.sum()),
+            "num_tokens": num_tokens,
+            "bound": bound,
+            "num_steps": num_steps,
+            "num_samples": num_samples,
+        }

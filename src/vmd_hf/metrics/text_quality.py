@@ -1,0 +1,98 @@
+"""Generated texts: what a judge model thinks of them, and how they vary."""
+
+import math
+from collections import Counter
+
+import datasets
+import evaluate
+import torch
+
+from vmd_hf.likelihood import nelbo
+
+_DESCRIPTION = """Quality of generated texts: perplexity under a judge, an autoregressive model that the user names;
+distinct-n, the share of different n-grams of words among all (arXiv 1510.03055); the entropy of single words in nats;
+and the share of words that a word list knows. A low perplexity alone is no quality: texts that repeat themselves have
+it, and a low distinct-n and entropy."""
+
+_KWARGS_DESCRIPTION = """
+Args:
+    predictions: texts.
+    judge: a causal language model of transformers, or its name; or a VMD model with block_size = 1 and no latent,
+        which is one, too. None for no perplexity.
+    judge_tokenizer: its tokenizer; default: loaded by the judge's name.
+    words: a collection of known words; None for no share.
+    max_n: distinct-1 to distinct-max_n.
+    batch_size: texts at a time that the judge reads.
+Returns:
+    distinct_1 .. distinct_n, unigram_entropy, and, where asked for, known_words, judge_perplexity (per token of the
+    judge, over all texts).
+"""
+
+_CITATION = """@inproceedings{li2016diversity,
+  title={A Diversity-Promoting Objective Function for Neural Conversation Models},
+  author={Li, Galley, Brockett, Gao, Dolan}, booktitle={NAACL}, year={2016}
+}"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class TextQuality(evaluate.Metric):
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features({"predictions": datasets.Value("string")}),
+        )
+
+    def _compute(
+        self, predictions, judge=None, judge_tokenizer=None, words=None, max_n: int = 3, batch_size: int = 16, **kwargs
+    ):
+        texts = [text.split() for text in predictions]
+        if not any(texts):
+            raise ValueError("predictions must have at least one word, got none")
+        results = {}
+        for n in range(1, max_n + 1):
+            grams = Counter(tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1))
+            results[f"distinct_{n}"] = len(grams) / max(grams.total(), 1)
+        counts = torch.tensor(list(Counter(word for text in texts for word in text).values()), dtype=torch.float64)
+        results["unigram_entropy"] = torch.special.entr(counts / counts.sum()).sum().item()
+        if words is not None:
+            words = set(words)
+            results["known_words"] = sum(word in words for text in texts for word in text) / int(counts.sum())
+        if judge is not None:
+            results["judge_perplexity"] = judge_perplexity(predictions, judge, judge_tokenizer, batch_size)
+        return results
+
+
+@torch.no_grad()
+def judge_perplexity(texts, judge, tokenizer, batch_size: int) -> float:
+    """exp of the mean negative log-probability of a token given those before it. A causal model of transformers has
+    none for the first token of a text."""
+    if isinstance(judge, str):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(judge)
+        judge = AutoModelForCausalLM.from_pretrained(judge)
+    if tokenizer is None:
+        raise ValueError("judge_tokenizer must be given with a judge that is a model, got None")
+    if judge.config.model_type == "vmd" and (judge.config.block_size != 1 or judge.config.latent_size):
+        raise ValueError(
+            "judge must be autoregressive: a VMD model with block_size = 1 and latent_size = 0, got "
+            f"{judge.config.block_size} and {judge.config.latent_size}"
+        )
+    judge.eval()
+    nats, tokens = 0.0, 0
+    for start in range(0, len(texts), batch_size):
+        batch = tokenizer(texts[start : start + batch_size], padding=True, return_tensors="pt").to(judge.device)
+        if judge.config.model_type == "vmd":
+            output = nelbo(judge, batch["input_ids"], attention_mask=batch["attention_mask"], num_steps=1)
+            nats, tokens = nats + output.nelbo.sum().item(), tokens + int(output.num_tokens.sum())
+            continue
+        logits = judge(**batch).logits[:, :-1].float()
+        scored = batch["attention_mask"][:, 1:] * batch["attention_mask"][:, :-1]
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
+        nats += (losses * scored).sum().item()
+        tokens += int(scored.sum())
+    if tokens == 0:
+        raise ValueError("predictions must have a text of at least two of the judge's tokens, got none")
+    return math.exp(nats / tokens)
