@@ -1279,3 +1279,55 @@ def test_guidance_and_a_corrector_go_together(any_model):
     assert torch.equal(outputs[0].sequences, outputs[2].sequences)
     blocks = MASKS if any_model.config.block_size else [masks[:1] for masks in MASKS]
     assert outputs[0].num_forward_passes.tolist() == [6 * len(masks) for masks in blocks]
+
+
+# --- a learned prior, and layers that are run through more than once -------------------------------------------------
+
+
+@pytest.mark.parametrize("position_embedding_type", ["learned", "rotary"])
+@pytest.mark.parametrize("changes", [{"prior": "learned"}, {"num_loops": 3}, {"prior": "learned", "num_loops": 2}])
+def test_every_cache_and_every_batch_give_the_same_with_a_learned_prior_and_with_loops(
+    position_embedding_type, changes
+):
+    model = block_model(position_embedding_type=position_embedding_type, **changes)
+    rows = [[1, 2, 3, 4, 5], [6, 7, 8]]
+    ids, mask = padded(rows, side="left")
+    settings = {"max_new_tokens": 9, "num_steps": 2, "return_dict_in_generate": True}
+    outputs = [
+        model.generate(ids, mask, generator=generators([0, 1]), **settings, **cache)
+        for cache in ({}, {"use_cache": False}, {"cache_implementation": "static"})
+    ]
+    for other in outputs[1:]:
+        assert torch.equal(other.sequences, outputs[0].sequences)
+        torch.testing.assert_close(other.latents, outputs[0].latents, rtol=1e-5, atol=1e-5)
+        assert torch.equal(other.num_forward_passes, outputs[0].num_forward_passes)
+    for index, row in enumerate(rows):
+        alone = model.generate(torch.tensor([row]), generator=generators([index]), **settings)
+        assert alone.sequences[0].tolist() == outputs[0].sequences[index, -len(row) - 9 :].tolist()
+
+
+def test_latents_of_a_learned_prior_are_its_mean_plus_scaled_noise():
+    """With latent_scale = 0 the latents are the prior's means, which an unlabelled forward pass uses by default."""
+    model = block_model(prior="learned")
+    prompt = torch.tensor([[1, 2, 3, 4, 5]])
+    ids = model.generate(prompt, max_new_tokens=SIZE * 2, num_steps=1, latent_scale=0.0)
+    for start in range(0, ids.shape[1], SIZE):
+        x_t = ids[:, : start + SIZE].clone()
+        open_columns = slice(max(start, prompt.shape[1]), x_t.shape[1])
+        if open_columns.start >= x_t.shape[1]:
+            continue
+        x_t[:, open_columns] = MASK
+        with torch.no_grad():
+            expected = model(input_ids=x_t).logits[:, open_columns].argmax(-1)
+        assert torch.equal(ids[:, open_columns], expected)
+
+
+def test_a_learned_prior_costs_one_pass_a_block_that_has_something_before_it():
+    model = block_model(prior="learned")
+    passes = []
+    handle = model.model.register_forward_hook(lambda *_: passes.append(1))
+    output = model.generate(
+        torch.full((1, 3 * SIZE), MASK), num_steps=2, return_dict_in_generate=True, generator=generators([0])
+    )
+    handle.remove()
+    assert output.num_forward_passes.tolist() == [len(passes)] == [2 + 3 + 3]
