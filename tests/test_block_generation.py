@@ -702,7 +702,8 @@ def test_a_stopped_row_is_left_as_it_is_and_the_others_go_on(model, cache):
 @pytest.mark.parametrize("block_size", [None, SIZE])
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_more_tokens_than_the_model_has_positions_are_an_error(block_size, positions):
-    model = block_model(block_size=block_size, position_embedding_type=positions, max_position_embeddings=10)
+    settings = {"position_embedding_type": positions, "position_groups": None, "max_position_embeddings": 10}
+    model = block_model(block_size=block_size, **settings)
     assert model.generate(torch.tensor([[1, 2]]), max_new_tokens=8, num_steps=1).shape == (1, 10)
     # Padding does not count.
     ids, mask = padded([[1, 2], [1]], width=7)

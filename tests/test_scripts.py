@@ -8,6 +8,7 @@ import generate_vmd
 import pytest
 import quick_start
 import train_vmd
+import yaml
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 SCRIPTS = Path(train_vmd.__file__).parent
@@ -24,9 +25,12 @@ WORDS = "the quick brown fox jumps over the lazy dog and then it sleeps under a 
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (SCRIPTS / "recipes").glob("*.yaml")))
 def test_every_recipe_is_read_and_its_arguments_win_over_defaults_and_lose_to_the_command_line(recipe):
-    _, data, training = train_vmd.parse([str(SCRIPTS / "recipes" / recipe), "--seed=7", "--report_to=none"])
-    assert data.task in ("synthetic", "text")
-    assert training.seed == 7 and training.learning_rate == 3e-3
+    path = SCRIPTS / "recipes" / recipe
+    written = yaml.safe_load(path.read_text())
+    _, data, training = train_vmd.parse([str(path), "--seed=7", "--report_to=none"])
+    assert data.task == written["task"]
+    assert training.learning_rate == written["learning_rate"] and training.max_steps == written["max_steps"]
+    assert written["seed"] != 7 == training.seed
 
 
 def test_a_name_in_a_recipe_that_is_no_argument_is_an_error(tmp_path):
