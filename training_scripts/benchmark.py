@@ -11,10 +11,10 @@ of each is taken.
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from evaluate_vmd import print_table
@@ -84,14 +84,20 @@ def alternate(first: Callable[[], None], second: Callable[[], None], repeats: in
     return statistics.median(times[0]), statistics.median(times[1])
 
 
+def resident_peak() -> float:
+    """MiB that this process has had in memory at most (Linux; getrusage would count what its parent had, too)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
 def _peak_memory(step: Callable, settings: dict, shape: tuple[int, int], connection) -> None:
     model = build(0, **settings)
     input_ids = torch.randint(2, model.config.vocab_size, shape)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_peak()
     torch.manual_seed(0)
     for _ in range(2):
         step(model.train(), input_ids)
-    connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    connection.send(resident_peak() - before)
 
 
 def peak_memory(step: Callable, settings: dict, shape: tuple[int, int]) -> float:

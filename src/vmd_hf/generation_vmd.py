@@ -817,8 +817,8 @@ class VMDGenerationMixin:
             )
             hidden_states, read = self.model.read(context.input_ids, new, context.without_new())
             state.reader.keep(rows, context, read.keys_values)
-            state.num_forward_passes[rows] += 1
             last = (block - first[: len(rows), 0]) * width - 1  # -1: nothing before the block
+            state.num_forward_passes[rows[last >= 0]] += 1
             before = hidden_states[torch.arange(len(rows)), last] * (last >= 0)[:, None]
         return self.model.latent_prior(before)
 

@@ -138,7 +138,10 @@ class VMDLayer(GradientCheckpointingLayer):
         """
         modulation = [None] * 6
         if conditioning is not None:
-            modulation = nn.functional.pad(self.modulation(conditioning), (0, 0, num_clean_blocks, 0)).chunk(6, dim=-1)
+            modulation = self.modulation(conditioning)
+            if num_clean_blocks:
+                modulation = nn.functional.pad(modulation, (0, 0, num_clean_blocks, 0))
+            modulation = modulation.chunk(6, dim=-1)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation
         update, _, own = self.attention(
             modulate(self.attention_norm(hidden_states), shift_1, scale_1),
@@ -168,6 +171,8 @@ def modulate(hidden_states, shift, scale):
     """(batch, length, hidden) with one shift and scale (batch, blocks, hidden) for each of its equal blocks."""
     if scale is None:
         return hidden_states
+    if scale.shape[1] == 1:
+        return torch.addcmul(shift, hidden_states, 1 + scale)
     blocks = hidden_states.unflatten(1, (scale.shape[1], -1))
     return torch.addcmul(shift[:, :, None], blocks, 1 + scale[:, :, None]).flatten(1, 2)
 
@@ -175,6 +180,8 @@ def modulate(hidden_states, shift, scale):
 def add_gated(residual, update, gate):
     if gate is None:
         return residual + update
+    if gate.shape[1] == 1:
+        return torch.addcmul(residual, 1 + gate, update)
     shape = (gate.shape[1], -1)
     return torch.addcmul(residual.unflatten(1, shape), 1 + gate[:, :, None], update.unflatten(1, shape)).flatten(1, 2)
 
