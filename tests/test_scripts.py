@@ -7,6 +7,7 @@ import evaluate_vmd
 import generate_vmd
 import pytest
 import quick_start
+import solve_sudoku
 import train_vmd
 import yaml
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -104,3 +105,27 @@ def test_a_text_model_is_trained_resumed_evaluated_and_generates(tmp_path, capsy
     passes = 3 if block_size is None else 5  # 3 for the second block's four masks, 2 for the third's two
     assert f"{passes} forward passes" in lines[-1]
     assert len(lines) == passes + 2
+
+
+def test_a_sudoku_model_is_trained_evaluated_and_draws_its_board(tmp_path, capsys):
+    arguments = ["--num_train_rows=20", "--num_eval_rows=4", "--min_clues=30", "--eval_steps=2", "--save_steps=2"]
+    recipe = str(SCRIPTS / "recipes" / "sudoku.yaml")
+    train_vmd.main([recipe, *arguments, "--max_steps=2", "--num_loops=2", f"--output_dir={tmp_path}", *SMALL])
+    config = AutoModelForMaskedLM.from_pretrained(tmp_path).config
+    assert len(config.position_groups) == 3 and config.num_loops == 2
+
+    evaluate_vmd.main([f"--model={tmp_path}", "--task=sudoku", "--num_puzzles=6", "--num_steps", "1", "2"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["remasking"], row["num_steps"]) for row in results if "remasking" in row] == [
+        (rule, steps) for rule in ("top_prob", "top_prob_margin") for steps in (1, 2)
+    ]
+    assert sum(row["puzzles"] for row in results if row.get("group", "").startswith("clues")) == 6
+
+    puzzle = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+    capsys.readouterr()
+    assert solve_sudoku.main([f"--model={tmp_path}", "--num_steps=3", puzzle]) == 1  # two updates teach nothing
+    lines = capsys.readouterr().out.splitlines()
+    cells = "".join(line.replace("|", "").replace(" ", "") for line in lines if line[:1].isdigit())
+    assert len(cells) == 81
+    assert all(clue in (".", cell) for clue, cell in zip(puzzle, cells, strict=True))
+    assert lines[-1].startswith("not valid")
