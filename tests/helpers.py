@@ -1,6 +1,8 @@
 """What several test files need: small models with weights that make every path visible."""
 
+import pytest
 import torch
+from transformers import StoppingCriteria
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion
 
@@ -73,3 +75,56 @@ def posterior_of_row(
     context = model.model.attention_context(embeddings, None, position_ids)
     mean, log_variance = model.latent_encoder(embeddings, flags[0], flags[1], context)
     return mean[0], log_variance[0]
+
+
+def padded_batch():
+    rows = [digits(1, length, seed=length)[0] for length in (3, 7)]
+    mask = torch.cat([pad_row(torch.ones_like(row), 7, "left", 0) for row in rows])
+    return torch.cat([pad_row(row, 7, "left", PAD) for row in rows]), mask
+
+
+def padded(rows, side="right", width=None, fill=PAD):
+    """Rows of unequal length as one batch: input_ids, attention_mask."""
+    width = width or max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), fill)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        columns = slice(width - len(row), None) if side == "left" else slice(len(row))
+        ids[index, columns] = torch.tensor(row, dtype=torch.long)
+        mask[index, columns] = 1
+    return ids, mask
+
+
+def unpadded(sequences, attention_mask):
+    return [row[keep != 0].tolist() for row, keep in zip(sequences, attention_mask, strict=True)]
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+class StopOnce(StoppingCriteria):
+    """Says once, after the given step, that a row is to stop."""
+
+    def __init__(self, row, step):
+        self.row, self.step, self.seen = row, step, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.seen.append(input_ids.clone())
+        stop = torch.zeros(len(input_ids), dtype=torch.bool)
+        stop[self.row] = len(self.seen) == self.step
+        return stop
+
+
+implementations_beside_eager = pytest.mark.parametrize(
+    "implementation",
+    [
+        "sdpa",
+        pytest.param(
+            "flex_attention",
+            marks=pytest.mark.skipif(
+                not torch.cuda.is_available(), reason="compiling flex attention takes half a minute on a CPU"
+            ),
+        ),
+    ],
+)

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import MASK, PAD, digits, normal, randomise, tiny_config
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from helpers import MASK, PAD, StopOnce, digits, normal, padded, randomise, seeded, tiny_config, unpadded
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from vmd_hf import VMDForMaskedDiffusion, VMDGenerationConfig, generation_vmd
 from vmd_hf.generation_vmd import REMASKING_RULES, corrector_probability
@@ -63,28 +63,8 @@ def any_model(request):
     return block_model(block_size=request.param)
 
 
-def padded(rows, side="right", width=None, fill=PAD):
-    """Rows of unequal length as one batch: input_ids, attention_mask."""
-    width = width or max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), fill)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        columns = slice(width - len(row), None) if side == "left" else slice(len(row))
-        ids[index, columns] = torch.tensor(row, dtype=torch.long)
-        mask[index, columns] = 1
-    return ids, mask
-
-
-def unpadded(sequences, attention_mask):
-    return [row[keep != 0].tolist() for row, keep in zip(sequences, attention_mask, strict=True)]
-
-
 def last_columns(sequences, lengths):
     return [row[len(row) - length :].tolist() for row, length in zip(sequences, lengths, strict=True)]
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def generators(rows):
@@ -670,19 +650,6 @@ def test_infilling_knows_no_end_of_text(model):
     ids = torch.full((1, 8), MASK)
     plain = model.generate(ids, latents=latents)
     assert torch.equal(model.generate(ids, latents=latents, eos_token_id=plain[0, 1].item()), plain)
-
-
-class StopOnce(StoppingCriteria):
-    """Says once, after the given step, that a row is to stop."""
-
-    def __init__(self, row, step):
-        self.row, self.step, self.seen = row, step, []
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.seen.append(input_ids.clone())
-        stop = torch.zeros(len(input_ids), dtype=torch.bool)
-        stop[self.row] = len(self.seen) == self.step
-        return stop
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -10,8 +10,10 @@ from helpers import (
     OBJECTIVES,
     PAD,
     digits,
+    implementations_beside_eager,
     normal,
     pad_row,
+    padded_batch,
     randomise,
     tiny_config,
     tiny_model,
@@ -168,24 +170,7 @@ def test_flash_attention_with_blocks_is_an_error(implementation, with_labels):
         model(input_ids, labels=input_ids if with_labels else None)
 
 
-def padded_batch():
-    rows = [digits(1, length, seed=length)[0] for length in (3, 7)]
-    mask = torch.cat([pad_row(torch.ones_like(row), 7, "left", 0) for row in rows])
-    return torch.cat([pad_row(row, 7, "left", PAD) for row in rows]), mask
-
-
-@pytest.mark.parametrize(
-    "implementation",
-    [
-        "sdpa",
-        pytest.param(
-            "flex_attention",
-            marks=pytest.mark.skipif(
-                not torch.cuda.is_available(), reason="compiling flex attention takes half a minute on a CPU"
-            ),
-        ),
-    ],
-)
+@implementations_beside_eager
 def test_attention_implementations_agree(implementation):
     device = "cuda" if implementation == "flex_attention" and torch.cuda.is_available() else "cpu"
     model = tiny_model(block_size=2).to(device)

@@ -1,12 +1,14 @@
 import math
+from functools import partial
 from itertools import product
 
+import helpers
 import pytest
 import torch
+from helpers import StopOnce, normal, seeded, unpadded
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    StoppingCriteria,
     StoppingCriteriaList,
     SuppressTokensLogitsProcessor,
     TextIteratorStreamer,
@@ -60,28 +62,7 @@ def model(request):
     return small_model(seed=2 if request.param == "rotary" else 0, position_embedding_type=request.param)
 
 
-def padded(rows, side="right", width=None, fill=PAD):
-    """Rows of unequal length as one batch: input_ids, attention_mask."""
-    width = width or max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), fill)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        columns = slice(width - len(row), None) if side == "left" else slice(len(row))
-        ids[index, columns] = torch.tensor(row)
-        mask[index, columns] = 1
-    return ids, mask
-
-
-def unpadded(sequences, attention_mask):
-    return [row[keep != 0].tolist() for row, keep in zip(sequences, attention_mask, strict=True)]
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
+padded = partial(helpers.padded, fill=PAD)
 
 
 def record_passes(model):
@@ -710,19 +691,6 @@ def test_logits_processors_see_one_row_for_each_masked_position(model):
     torch.testing.assert_close(first_scores, torch.stack([logits[0, 0], logits[0, 2], logits[1, 1]]))
     assert second_ids.tolist() == [output.history[0][0].tolist()]
     assert second_scores.shape == (1, 9)
-
-
-class StopOnce(StoppingCriteria):
-    """Says once, after the given step, that a row is to stop."""
-
-    def __init__(self, row, step):
-        self.row, self.step, self.seen = row, step, []
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.seen.append(input_ids.clone())
-        stop = torch.zeros(len(input_ids), dtype=torch.bool)
-        stop[self.row] = len(self.seen) == self.step
-        return stop
 
 
 def test_a_stopped_row_is_left_as_it_is_and_the_others_go_on(model):

@@ -137,18 +137,39 @@ class Comparison:
         return seconds[0]
 
 
+def compare_models(
+    table: Comparison,
+    what: str,
+    first: VMDForMaskedDiffusion,
+    second: VMDForMaskedDiffusion,
+    input_ids: torch.Tensor,
+    wanted: str,
+) -> float:
+    """Time of a training step of two models, which are left in evaluation mode; the first one's seconds."""
+    first.train(), second.train()
+    seconds = table.time(
+        what, lambda: training_step(first, input_ids), lambda: training_step(second, input_ids), wanted
+    )
+    first.eval(), second.eval()
+    return seconds
+
+
+def compare_steps(
+    table: Comparison, what: str, steps: tuple[Callable, Callable], settings: dict, shape: tuple[int, int]
+) -> None:
+    """Time and peak memory of two kinds of training step of one MDM."""
+    model = build(0, **settings).train()
+    input_ids = torch.randint(2, model.config.vocab_size, shape)
+    first, second = steps
+    table.time(what, lambda: first(model, input_ids), lambda: second(model, input_ids))
+    table.add("its peak memory over the model, MiB", *(peak_memory(step, settings, shape) for step in steps))
+
+
 def whole_sequences(table: Comparison) -> None:
     mdm, vmd = build(0), build(64)
     input_ids = torch.randint(2, 1000, (8, 128))
     masks = torch.full_like(input_ids, MASK)
-    mdm.train(), vmd.train()
-    seconds = table.time(
-        "training step (8 x 128), s: MDM, VMD",
-        lambda: training_step(mdm, input_ids),
-        lambda: training_step(vmd, input_ids),
-        "<= 1.25",
-    )
-    mdm.eval(), vmd.eval()
+    seconds = compare_models(table, "training step (8 x 128), s: MDM, VMD", mdm, vmd, input_ids, "<= 1.25")
     table.time(
         "generation in 8 steps, s: MDM, VMD",
         lambda: mdm.generate(masks, num_steps=8),
@@ -163,29 +184,19 @@ def whole_sequences(table: Comparison) -> None:
 
 
 def vocabulary(table: Comparison) -> None:
-    settings, shape = {"vocab_size": 50_000, "layers": 2}, (8, 256)
-    wide = build(0, **settings).train()
-    input_ids = torch.randint(2, 50_000, shape)
-    table.time(
+    compare_steps(
+        table,
         "training step, 50,000 tokens, s: all logits, masked only",
-        lambda: dense_training_step(wide, input_ids),
-        lambda: training_step(wide, input_ids),
+        (dense_training_step, training_step),
+        {"vocab_size": 50_000, "layers": 2},
+        (8, 256),
     )
-    memory = [peak_memory(step, settings, shape) for step in (dense_training_step, training_step)]
-    table.add("its peak memory over the model, MiB", *memory)
 
 
 def blocks(table: Comparison) -> None:
     mdm, vmd = build(0, block_size=16), build(64, block_size=16)
     input_ids = torch.randint(2, 1000, (8, 128))
-    mdm.train(), vmd.train()
-    table.time(
-        "blocks of 16: training step (8 x 128), s: MDM, VMD",
-        lambda: training_step(mdm, input_ids),
-        lambda: training_step(vmd, input_ids),
-        "<= 1.2",
-    )
-    mdm.eval(), vmd.eval()
+    compare_models(table, "blocks of 16: training step (8 x 128), s: MDM, VMD", mdm, vmd, input_ids, "<= 1.2")
     for batch_size in (1, 8):
         masks = torch.full((batch_size, 512), MASK)
         table.time(
@@ -200,16 +211,13 @@ def blocks(table: Comparison) -> None:
             lambda: vmd.generate(masks, num_steps=4, use_cache=False),  # noqa: B023
             ">= 3",
         )
-    settings, shape = {"block_size": 16}, (2, 1024)
-    long_ids = torch.randint(2, 1000, shape)
-    mdm.train()
-    table.time(
+    compare_steps(
+        table,
         "blocks of 16: training step (2 x 1,024), s: one pass of 2L x 2L, two streams",
-        lambda: one_pass_training_step(mdm, long_ids),
-        lambda: training_step(mdm, long_ids),
+        (one_pass_training_step, training_step),
+        {"block_size": 16},
+        (2, 1024),
     )
-    memory = [peak_memory(step, settings, shape) for step in (one_pass_training_step, training_step)]
-    table.add("its peak memory over the model, MiB", *memory)
 
 
 SUBJECTS = {"whole": whole_sequences, "vocabulary": vocabulary, "blocks": blocks}

@@ -33,7 +33,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from vmd_hf.data.sudoku import PuzzleTable, generate_puzzles, read_puzzles, solve_puzzles
+from vmd_hf.data.sudoku import PuzzleTable, format_boards, generate_puzzles, read_puzzles, solve_puzzles
 from vmd_hf.data.synthetic import joint_metrics, target_distribution
 from vmd_hf.data.text import clean_text8, load_documents, text_datasets
 
@@ -76,9 +76,7 @@ def draw_samples(
     """(num_samples, length) int64 sequences from fully masked ones, positions revealed in random order."""
     generator = torch.Generator().manual_seed(seed)
     masks = torch.full((num_samples, length), model.config.mask_token_id).split(batch_size)
-    batches = tqdm(
-        masks, desc=str(settings.get("num_steps", "")), leave=False, disable=None
-    )  # none without a terminal
+    batches = tqdm(masks, desc=str(settings.get("num_steps", "")), leave=False, disable=None)
     return torch.cat(
         [model.generate(batch, generator=generator, remasking="random", **settings).cpu() for batch in batches]
     )
@@ -156,8 +154,10 @@ def evaluate_sudoku(
     """Shares of puzzles solved for each rule and number of steps; and, of the last of these, by what is known of the
     puzzles."""
     table = puzzles_to_solve(args)
-    ids = torch.tensor(tokenizer.convert_tokens_to_ids([tokenizer.mask_token, *"123456789"]))
-    puzzles, solutions = ids[table.puzzles.astype(int)], ids[table.solutions.astype(int)]
+    puzzles, solutions = (
+        tokenizer(format_boards(boards), return_tensors="pt")["input_ids"]
+        for boards in (table.puzzles, table.solutions)
+    )
     model.eval()
     results = []
     for remasking in args.remasking:

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import torch
+from live_view import LiveView
 from rich.console import Console
-from rich.live import Live
 from rich.text import Text
 from transformers import AutoModelForMaskedLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
@@ -54,18 +54,14 @@ class ScriptArguments:
     trust_remote_code: bool = False
 
 
-class Watcher:
+class Watcher(LiveView):
     """A streamer that shows one sequence as it is denoised: masks as dots, new tokens bold."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console, seconds_per_step: float):
+        super().__init__(console, seconds_per_step)
         self.tokenizer = tokenizer
-        self.console = console
-        self.seconds_per_step = seconds_per_step
         self.before: torch.Tensor | None = None
         self.step = 0
-        self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
-        if self.live is not None:
-            self.live.start()
 
     def render(self, ids: torch.Tensor) -> Text:
         text = Text()
@@ -75,24 +71,12 @@ class Watcher:
                 text.append("·", style="dim")
             elif token != self.tokenizer.pad_token_id:
                 text.append(self.tokenizer.decode([token]), style="bold green" if token != old else "")
+        self.before = ids
         return text
 
-    def put(self, value: torch.Tensor) -> None:
-        """Final tokens: the draft has shown them already."""
-
-    def put_draft(self, value: torch.Tensor) -> None:
+    def print_plain(self, text: Text) -> None:
         self.step += 1
-        text = self.render(value[0])
-        self.before = value[0]
-        if self.live is None:
-            self.console.print(f"{self.step:4d} ", text, sep="", soft_wrap=True, highlight=False)
-            return
-        self.live.update(text, refresh=True)
-        time.sleep(self.seconds_per_step)
-
-    def end(self) -> None:
-        if self.live is not None:
-            self.live.stop()
+        self.console.print(f"{self.step:4d} ", text, sep="", soft_wrap=True, highlight=False)
 
 
 def main(argv: list[str]) -> None:

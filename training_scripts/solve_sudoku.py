@@ -7,13 +7,12 @@ Empty cells are 0, . or _. Exit status 0 if the board is filled and keeps all ru
 """
 
 import sys
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from live_view import LiveView
 from rich.console import Console
-from rich.live import Live
 from rich.text import Text
 from transformers import AutoModelForMaskedLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
@@ -33,19 +32,15 @@ class SolverArguments:
     seed: int = 0
 
 
-class BoardView:
+class BoardView(LiveView):
     """A streamer that draws the board after every step: clues bold, masks as dots."""
 
     def __init__(self, puzzle: np.ndarray, tokenizer: PreTrainedTokenizerBase, console: Console, pause: float):
+        super().__init__(console, pause)
         self.puzzle = puzzle
         self.tokenizer = tokenizer
-        self.console = console
-        self.pause = pause
-        self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
-        if self.live is not None:
-            self.live.start()
 
-    def draw(self, ids: torch.Tensor) -> Text:
+    def render(self, ids: torch.Tensor) -> Text:
         text = Text()
         for cell, token in enumerate(ids.tolist()):
             row, column = divmod(cell, 9)
@@ -57,18 +52,6 @@ class BoardView:
                 text.append(self.tokenizer.decode([token]), style="bold" if self.puzzle[cell] else "green")
             text.append("\n" if column == 8 else " | " if column in (2, 5) else " ")
         return text
-
-    def put(self, value: torch.Tensor) -> None:
-        """Final tokens: the draft has shown them already."""
-
-    def put_draft(self, value: torch.Tensor) -> None:
-        if self.live is not None:
-            self.live.update(self.draw(value[0]), refresh=True)
-            time.sleep(self.pause)
-
-    def end(self) -> None:
-        if self.live is not None:
-            self.live.stop()
 
 
 def main(argv: list[str]) -> int:
@@ -86,7 +69,7 @@ def main(argv: list[str]) -> int:
         input_ids, num_steps=args.num_steps, remasking=args.remasking, generator=generator, streamer=view
     )
     if view.live is None:
-        console.print(view.draw(ids[0]))
+        console.print(view.render(ids[0]))
     valid = bool(valid_boards(parse_board(tokenizer.decode(ids[0]))[None])[0])
     console.print("valid" if valid else "not valid: some row, column or box repeats a digit")
     return 0 if valid else 1

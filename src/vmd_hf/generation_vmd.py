@@ -12,7 +12,7 @@ from transformers.generation import GenerationConfig, LogitsProcessorList, Stopp
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.utils import ModelOutput
 
-from .masking_vmd import EMPTY, CleanContext, Layout, Places, join_places
+from .masking_vmd import EMPTY, CleanContext, Layout, Places, join_places, stack_places
 from .noise_vmd import num_revealed, step_schedule
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -201,6 +201,11 @@ def draw(
         for count, row in zip(counts, generator, strict=True)
     ]
     return torch.cat(parts)
+
+
+def check_generators(generator: Generators, num_rows: int) -> None:
+    if isinstance(generator, list) and len(generator) != num_rows:
+        raise ValueError(f"generator must hold one for each of {num_rows} rows, got {len(generator)}")
 
 
 def exponential(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
@@ -435,9 +440,8 @@ class ContextReader:
         context = CleanContext()
         both = self._both(rows)
         if self.read is not None:
-            empty = (
-                self.cache.layers[0].keys.shape[2] - self.read.block.shape[1]
-            )  # columns that a static cache has left
+            # What a static cache has left.
+            empty = self.cache.layers[0].keys.shape[2] - self.read.block.shape[1]
             context.read = Places(
                 pad(self._select(self.read.block, both), (0, empty)),
                 pad(self._select(self.read.document, both), (0, empty), value=EMPTY),
@@ -456,10 +460,9 @@ class ContextReader:
         parts = [self.canvas.clean_blocks(rows, first, block, without_given=False)]
         if self.guided:
             parts.append(self.canvas.clean_blocks(rows, first, block, without_given=True))
-        context.input_ids = torch.cat([tokens for tokens, _, _ in parts])
-        context.position_ids = torch.cat([positions for _, positions, _ in parts])
-        names = ("block", "document", "clean")
-        context.new = Places(*(torch.cat([getattr(places, name) for _, _, places in parts]) for name in names))
+        tokens, positions, places = zip(*parts, strict=True)
+        context.input_ids, context.position_ids = torch.cat(tokens), torch.cat(positions)
+        context.new = stack_places(places)
         return context
 
     def keep(self, rows: torch.Tensor, context: CleanContext, keys_values) -> None:
@@ -708,14 +711,14 @@ class VMDGenerationMixin:
             sequences = state.canvas.sequences()
             state.stopped |= state.stopping_criteria(sequences, None)
         if state.streamer is not None:
-            state.streamer.draft(state.sequences())
+            sequences = state.sequences()
+            state.streamer.draft(sequences)
             if state.config.corrector is None:  # with one, nothing is final before its block is
-                state.streamer.put(state.sequences(), state.canvas.open_columns())
+                state.streamer.put(sequences, state.canvas.open_columns())
 
     def _after_blocks(self, state: GenerationState) -> None:
         """Rows with an end-of-sequence token are finished; what is final is streamed."""
-        sequences = state.canvas.sequences()
-        if (is_eos := new_eos_tokens(sequences, state.config)) is not None:
+        if (is_eos := new_eos_tokens(state.canvas.sequences(), state.config)) is not None:
             state.stopped |= is_eos.any(-1)
         if state.streamer is not None:
             state.streamer.put(state.sequences(), state.canvas.open_columns())
@@ -856,8 +859,7 @@ class VMDGenerationMixin:
                 f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got "
                 f"{tuple(attention_mask.shape)}"
             )
-        if isinstance(generator, list) and len(generator) != len(input_ids):
-            raise ValueError(f"generator must hold one for each of {len(input_ids)} rows, got {len(generator)}")
+        check_generators(generator, len(input_ids))
         if latents is None:
             return
         shape = (len(input_ids), self.config.latent_size)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .generation_vmd import Generators, draw
+from .generation_vmd import Generators, check_generators, draw
 from .masking_vmd import CleanContext, Layout
 from .modeling_vmd import VMDForMaskedDiffusion, check_labels, last_before_blocks
 from .noise_vmd import Corruption, num_revealed, step_schedule
@@ -176,11 +176,16 @@ def corpus_bound(
     num_tokens = int(sum(part.sum() for part in tokens))
     if num_tokens == 0:
         raise ValueError("batches must hold at least one scored token, got none")
-    bits, tokens = torch.cat(nats) / math.log(2), torch.cat(tokens)
-    mean, num_rows = bits.sum() / num_tokens, len(bits)
-    residuals = bits - mean * tokens  # of mean 0: linearises the ratio of sums
-    standard_error = residuals.std() * num_rows**0.5 / num_tokens if num_rows > 1 else math.nan
-    return CorpusBound(float(mean), float(standard_error), num_rows, num_tokens)
+    bits = torch.cat(nats) / math.log(2)
+    return CorpusBound(*ratio_of_sums(bits, torch.cat(tokens)), len(bits), num_tokens)
+
+
+def ratio_of_sums(numerators: torch.Tensor, denominators: torch.Tensor) -> tuple[float, float]:
+    """sum(numerators) / sum(denominators), each (rows,), and its standard error over rows; NaN for one row."""
+    ratio, num_rows = numerators.sum() / denominators.sum(), len(numerators)
+    residuals = numerators - ratio * denominators  # of mean 0: linearises the ratio
+    error = residuals.std() * num_rows**0.5 / denominators.sum() if num_rows > 1 else math.nan
+    return float(ratio), float(error)
 
 
 @dataclass
@@ -416,8 +421,7 @@ def _check_settings(bound, num_steps, num_samples, num_orders, batch_size, gener
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if isinstance(generator, list) and len(generator) != len(input_ids):
-        raise ValueError(f"generator must hold one for each of {len(input_ids)} rows, got {len(generator)}")
+    check_generators(generator, len(input_ids))
 
 
 __all__ = ["CorpusBound", "NELBOOutput", "corpus_bound", "nelbo"]

@@ -34,12 +34,16 @@ class Places:
         return Places(function(self.block), function(self.document), function(self.clean))
 
 
+def stack_places(parts: list[Places], dim: int = 0) -> Places:
+    """Places of batches that are concatenated along a dimension."""
+    names = ("block", "document", "clean")
+    return Places(*(torch.cat([getattr(part, name) for part in parts], dim) for name in names))
+
+
 def join_places(parts: list[Places]) -> Places:
     """Places of sequences that are concatenated along their length."""
     batch = max(len(part.document) for part in parts)
-    widened = [part.map(lambda value: value.expand(batch, -1)) for part in parts]
-    names = ("block", "document", "clean")
-    return Places(*(torch.cat([getattr(part, name) for part in widened], dim=-1) for name in names))
+    return stack_places([part.map(lambda value: value.expand(batch, -1)) for part in parts], dim=-1)
 
 
 def may_attend(query: Places, key: Places) -> torch.Tensor:
@@ -138,6 +142,11 @@ class Layout:
         )
 
 
+def row_positions(real: torch.Tensor) -> torch.Tensor:
+    """Position of each token in its own row, padding (`real` False) left out: (batch, length), 0 at padding."""
+    return (real.long().cumsum(-1) - 1).clamp(min=0)
+
+
 def lay_out_blocks(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, block_size: int
 ) -> Layout:
@@ -165,7 +174,7 @@ def lay_out_blocks(
 
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
     if position_ids is None:
-        positions = (real.long().cumsum(-1) - 1).clamp(min=0)
+        positions = row_positions(real)
         document = torch.zeros_like(positions)
         slots = positions
     else:

@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vmd import VMDConfig
 from .generation_vmd import VMDGenerationConfig, VMDGenerationMixin
-from .masking_vmd import CleanContext, Layout, block_attention_mask, join_places, lay_out_blocks
+from .masking_vmd import CleanContext, Layout, block_attention_mask, join_places, lay_out_blocks, row_positions
 from .noise_vmd import Corruption, corrupt_at_time, corrupt_before_step, hashed_noise, stratified_uniform
 from .objective_vmd import gaussian_kl, row_cross_entropy
 
@@ -317,7 +317,7 @@ class VMDModel(VMDPreTrainedModel):
         length = input_ids.shape[1]
         real = None if attention_mask is None else attention_mask != 0
         if position_ids is None and real is not None:
-            position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)
+            position_ids = row_positions(real)
         elif position_ids is None:
             position_ids = torch.arange(length, device=input_ids.device).expand_as(input_ids)
         return Layout(1, length, position_ids, real)

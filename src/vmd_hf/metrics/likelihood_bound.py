@@ -6,7 +6,7 @@ import datasets
 import evaluate
 import torch
 
-from vmd_hf.likelihood import nelbo
+from vmd_hf.likelihood import nelbo, ratio_of_sums
 
 _DESCRIPTION = """An upper bound on what a masked diffusion model with a latent needs to say a text: bits per
 character, and 2 to the bits per token, a bound on the perplexity. It is the bound of a sampler: which one, and in how
@@ -65,7 +65,6 @@ class LikelihoodBound(evaluate.Metric):
                 model,
                 batch["input_ids"],
                 attention_mask=batch["attention_mask"],
-                labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100),
                 bound=bound,
                 num_steps=num_steps,
                 num_samples=num_samples,
@@ -75,17 +74,14 @@ class LikelihoodBound(evaluate.Metric):
             tokens.append(output.num_tokens.cpu())
         bits = torch.cat(nats) / math.log(2)
         characters = torch.tensor([len(text) for text in predictions], dtype=torch.float64)
-        per_character = (bits.sum() / characters.sum()).item()
-        # Of a ratio of sums over texts, to first order.
-        residuals = bits - per_character * characters
-        error = (residuals.square().sum() / max(len(bits) - 1, 1) * len(bits)).sqrt() / characters.sum()
+        per_character, standard_error = ratio_of_sums(bits, characters)
         num_tokens = int(torch.cat(tokens).sum())
         per_token = bits.sum().item() / num_tokens
         return {
             "bits_per_character": per_character,
             "bits_per_token": per_token,
             "perplexity_bound": 2.0**per_token,
-            "standard_error": error.item() if len(bits) > 1 else math.nan,
+            "standard_error": standard_error,
             "num_characters": int(characters.sum()),
             "num_tokens": num_tokens,
             "bound": bound,
