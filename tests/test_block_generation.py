@@ -36,7 +36,7 @@ NEW_MASKS = [[2, 4, 1], [4, 3], [3, 4], [4, 3], [3, 4]]  # the same for seven ne
 RANDOM = {"do_sample": True, "remasking": "random", "num_steps": 2}
 
 
-def block_model(seed=2, **overrides):
+def block_model(seed=3, **overrides):
     """A model whose seed was chosen for predictions that vary. Rotary positions alone cannot tell the positions of
     masks apart, which would leave ties to rounding: there is also a table of the positions in a block."""
     settings = {"block_size": SIZE, "max_position_embeddings": 24}
@@ -54,7 +54,7 @@ def each_model(request, model):
     """A model of each kind of positions."""
     if request.param == "rotary":
         return model
-    return block_model(seed=4, position_embedding_type="learned", position_groups=None)
+    return block_model(seed=6, position_embedding_type="learned", position_groups=None)
 
 
 @pytest.fixture(scope="module", params=[None, SIZE], ids=["whole", "blocks"])
@@ -213,7 +213,7 @@ def reference(each_model):
 @pytest.mark.parametrize("num_steps", [None, 1, 2])
 @pytest.mark.parametrize("cache", CACHES)
 def test_gaps_are_filled_as_by_a_loop_over_rows_blocks_and_positions(each_model, reference, rule, num_steps, cache):
-    latents = normal(len(ROWS), 3, LATENT, seed=1)
+    latents = normal(len(ROWS), 3, LATENT, seed=2)
     (left, left_mask), (right, right_mask) = (padded(ROWS, side, width=15) for side in ("left", "right"))
     ids, mask = torch.cat([left, right]), torch.cat([left_mask, right_mask])
     output = each_model.generate(
@@ -246,7 +246,7 @@ def test_prompts_are_continued_as_by_a_loop_over_rows_blocks_and_positions(
 
 def test_the_rules_and_numbers_of_steps_differ(reference):
     # or the tests above could not tell one from another
-    latents = normal(len(ROWS), 3, LATENT, seed=1)
+    latents = normal(len(ROWS), 3, LATENT, seed=2)
     results = [reference(ROWS, latents, rule=rule, num_steps=steps) for rule in SURE_RULES for steps in (None, 2)]
     results.append(reference(ROWS, latents, rule="top_prob", num_steps=1))
     assert all(first != second for i, first in enumerate(results) for second in results[:i])
@@ -592,7 +592,7 @@ def test_a_row_with_an_end_of_sequence_is_padded_after_it_and_takes_no_more_pass
     # Blocks of the marked row: [7, 1, 2, .], four new tokens, four more, and one.
     prompts = [[7, 1, 2], [EOS, 3, 4, 5, 6], [1, 1]]  # an end of sequence in a prompt ends nothing
     settings = {"max_new_tokens": 10, "logits_processor": ending(masks_left), "return_dict_in_generate": True}
-    latents = normal(3, 4, LATENT)
+    latents = normal(3, 4, LATENT, seed=4)
     alone = [
         model.generate(torch.tensor([prompt]), latents=z[None, :rounds], **settings)
         for prompt, z, rounds in zip(prompts, latents, (4, 3, 3), strict=True)
@@ -622,7 +622,7 @@ def test_ends_of_sequences_in_the_test_above_stand_anywhere_in_a_block(model):
     # or it would say less than it seems to
     places = set()
     for masks_left in MASKS_LEFT:
-        latents = normal(3, 4, LATENT)[:1]
+        latents = normal(3, 4, LATENT, seed=4)[:1]
         output = model.generate(
             torch.tensor([[7, 1, 2]]), max_new_tokens=10, latents=latents, logits_processor=ending(masks_left)
         )
@@ -726,6 +726,7 @@ def drawn_latents(seed, count):
     return [torch.randn(1, LATENT, generator=generator)[0] for _ in range(count)]
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])
 def test_a_latent_is_drawn_for_each_block_that_is_filled_and_kept_over_its_steps(model, scale):
     ids, mask = padded([[MASK, 1, MASK, 3, 4, 5, 6, 7, MASK, 9], [1, 2, 3, 4, MASK, MASK, MASK, 8]])
@@ -738,9 +739,10 @@ def test_a_latent_is_drawn_for_each_block_that_is_filled_and_kept_over_its_steps
     expected = [torch.stack([a, c]), torch.stack([a, c]), c[None], b[None]]
     assert len(record.passes) == 4
     for call, z in zip(record.passes, expected, strict=True):
-        assert torch.equal(call["latents"], scale * z[:, None])
+        torch.testing.assert_close(call["modulation"], model.model.modulation_of(scale * z[:, None]))
 
 
+@torch.no_grad()
 def test_resampling_draws_a_latent_for_each_step_of_each_block(model):
     ids, mask = padded([[MASK, 1, MASK, 3, 4, 5, 6, 7, MASK, 9], [1, 2, 3, 4, MASK, MASK, MASK, 8]])
     with recorded(model) as record:
@@ -750,7 +752,7 @@ def test_resampling_draws_a_latent_for_each_step_of_each_block(model):
     a, c = drawn_latents(4, 3), drawn_latents(9, 3)
     expected = [torch.stack([a[0], c[0]]), torch.stack([a[1], c[1]]), c[2][None], a[2][None]]
     for call, z in zip(record.passes, expected, strict=True):
-        assert torch.equal(call["latents"], z[:, None])
+        torch.testing.assert_close(call["modulation"], model.model.modulation_of(z[:, None]))
     # Those of the last step of each block.
     assert torch.equal(output.latents, torch.stack([torch.stack([a[1], a[2]]), torch.stack([c[2], 0 * c[2]])]))
 
@@ -1233,7 +1235,7 @@ def test_guidance_is_one_pass_of_twice_as_many_rows_with_the_same_latents(any_mo
     assert guided.rows == [2 * rows for rows in plain.rows]
     assert [len(logits) for logits in guided.logits] == [len(logits) for logits in plain.logits]
     for call in guided.passes:
-        first, second = call["latents"].chunk(2)
+        first, second = call["modulation"].chunk(2)
         assert torch.equal(first, second)
     assert output.num_forward_passes.max() == len(guided.rows)  # a pass counts once
 

@@ -391,10 +391,12 @@ def dense_two_streams(model, clean, x_t, latents):
     token = [(position // config.block_size, 0, index < length) for index, position in enumerate(positions.tolist())]
     mask = torch.tensor([[0.0 if sees(query, key) else -math.inf for key in token] for query in token])
     h = embed(model, torch.cat([clean, x_t]), positions)
-    for layer in [*model.model.layers] * config.num_loops:
+    for index, layer in [*enumerate(model.model.layers)] * config.num_loops:
         changes = None
         if config.latent_size:
-            of_blocks = layer.modulation(model.model.conditioner(latents))
+            modulation = model.model.modulation
+            of_layers = F.linear(model.model.conditioner(latents), modulation.weight, modulation.bias)
+            of_blocks = of_layers.chunk(config.num_hidden_layers, dim=-1)[index]
             of_tokens = of_blocks[positions[length:] // config.block_size]
             changes = torch.cat([torch.zeros_like(of_tokens), of_tokens])
         h = dense_layer(layer, config, h, positions, mask, changes)

@@ -66,13 +66,18 @@ padded = partial(helpers.padded, fill=PAD)
 
 
 def record_passes(model):
-    """Every forward pass of the denoiser while the returned list is alive: its rows and its latents."""
+    """Every forward pass of the denoiser while the returned list is alive: its rows and what the latents do."""
     calls = []
 
     def before(module, args, kwargs):
-        calls.append({"input_ids": args[0] if args else kwargs["input_ids"], "latents": kwargs.get("latents")})
+        calls.append({"input_ids": args[0] if args else kwargs["input_ids"], "modulation": kwargs["modulation"]})
 
     return calls, model.model.register_forward_pre_hook(before, with_kwargs=True)
+
+
+@torch.no_grad()
+def assert_latents(model, call, latents):
+    torch.testing.assert_close(call["modulation"], model.model.modulation_of(latents[:, None]))
 
 
 @torch.no_grad()
@@ -468,7 +473,8 @@ def test_joint_distribution_without_a_latent_is_the_enumerated_one():
 
 @torch.no_grad()
 def test_joint_distribution_with_one_latent_kept_or_a_fresh_one_for_each_step():
-    model = small_model(seed=3, vocab_size=4, mask_token_id=3, pad_token_id=None, num_hidden_layers=1)
+    model = small_model(seed=6, vocab_size=4, mask_token_id=3, pad_token_id=None, num_hidden_layers=1)
+    model.model.modulation.weight *= 6
     z, fresh = normal(10_000, 3, seed=1), normal(10_000, 3, seed=2)
     joints = {False: reference_joint(model, z, z), True: reference_joint(model, z, fresh)}
     assert 0.5 * (joints[True] - joints[False]).abs().sum() > 0.2  # the two samplers differ
@@ -521,7 +527,7 @@ def test_one_latent_is_kept_for_all_steps_by_default(model):
     handle.remove()
     assert len(calls) == 3
     for call in calls:
-        assert torch.equal(call["latents"], output.latents)
+        assert_latents(model, call, output.latents)
 
 
 def test_a_fresh_latent_is_drawn_for_each_step_of_each_row_that_is_not_finished(model):
@@ -538,9 +544,9 @@ def test_a_fresh_latent_is_drawn_for_each_step_of_each_row_that_is_not_finished(
     streams = [
         [2 * torch.randn(1, 3, generator=generator)[0] for _ in range(3)] for generator in (seeded(4), seeded(9))
     ]
-    assert torch.equal(calls[0]["latents"], torch.stack([streams[0][0], streams[1][0]]))
-    assert torch.equal(calls[1]["latents"], torch.stack([streams[0][1], streams[1][1]]))
-    assert torch.equal(calls[2]["latents"], streams[1][2][None])
+    assert_latents(model, calls[0], torch.stack([streams[0][0], streams[1][0]]))
+    assert_latents(model, calls[1], torch.stack([streams[0][1], streams[1][1]]))
+    assert_latents(model, calls[2], streams[1][2][None])
     assert torch.equal(output.latents, torch.stack([streams[0][1], streams[1][2]]))
 
 

@@ -621,7 +621,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(objective):
         model(**part, num_items_in_batch=num_items).loss.backward()
     for name, parameter in model.named_parameters():
         scale = whole[name].abs().max().clamp(min=1)
-        torch.testing.assert_close(parameter.grad / scale, whole[name] / scale, rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(parameter.grad / scale, whole[name] / scale, rtol=0, atol=2e-6, msg=name)
 
 
 def test_the_kl_weight_warms_up_over_training_passes_and_goes_on_after_loading(tmp_path):
@@ -887,9 +887,9 @@ def test_a_collapsed_start_still_teaches_the_modulation():
     model = VMDForMaskedDiffusion(tiny_config(kl_weight=0)).train()
     batch, noise = loss_batch()
     model(**batch, **noise).loss.backward()
-    for layer in model.model.layers:
-        assert layer.modulation.weight.grad.abs().max() > 0
-        assert layer.modulation.bias.grad.abs().max() > 0
+    for parameter in model.model.modulation.parameters():
+        of_layers = parameter.grad.unflatten(0, (len(model.model.layers), -1))
+        assert (of_layers.flatten(1).abs().amax(-1) > 0).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1074,4 +1074,4 @@ def test_randomised_weights_are_what_the_tests_rely_on():
     first, second = randomise(VMDModel(tiny_config())), randomise(VMDModel(tiny_config()))
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert first.layers[0].modulation.weight.std().item() == pytest.approx(0.3, rel=0.1)
+    assert first.modulation.weight.std().item() == pytest.approx(0.3, rel=0.1)

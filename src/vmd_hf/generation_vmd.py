@@ -669,13 +669,22 @@ class VMDGenerationMixin:
         prior = None
         if self.model.latent_prior is not None and not state.given_latents:
             prior = self._read_prior(state, rows, round_index)
+        modulation = None
         step = 0
         while len(active := (masked.any(-1) & ~state.stopped[rows]).nonzero().squeeze(-1)):
             step += 1
-            if state.latents is not None and not state.given_latents and (step == 1 or config.resample_latents):
-                state.latents[rows[active], round_index] = self._draw_latents(rows[active], state, prior, active)
+            if state.latents is not None and (step == 1 or config.resample_latents):
+                if not state.given_latents:
+                    state.latents[rows[active], round_index] = self._draw_latents(rows[active], state, prior, active)
+                modulation = self.model.modulation_of(state.latents[rows, round_index, None])
             chosen, confidence, chosen_probability = self._predict(
-                state, rows[active], round_index, tokens[active], masked[active], step == 1 and prior is None
+                state,
+                rows[active],
+                round_index,
+                tokens[active],
+                masked[active],
+                None if modulation is None else modulation[active],
+                step == 1 and prior is None,
             )
             before = num_revealed(step - 1, num_maskable, row_steps)[active]
             after = num_revealed(step, num_maskable, row_steps)[active]
@@ -730,9 +739,11 @@ class VMDGenerationMixin:
         round_index: int,
         tokens: torch.Tensor,
         masked: torch.Tensor,
+        modulation: torch.Tensor | None,
         first_step: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One forward pass over the blocks of `rows`, tokens and masked both (rows, width).
+        """One forward pass over the blocks of `rows`, tokens and masked both (rows, width), under the modulation by
+        their latents.
 
         Returns:
             Predicted tokens, their confidence under the remasking rule, and their probability, each (rows, width); at
@@ -741,17 +752,15 @@ class VMDGenerationMixin:
         config, canvas = state.config, state.canvas
         block = canvas.order[rows, round_index]
         layout, context = canvas.window(rows, block), None
-        latents = None if state.latents is None else state.latents[rows, round_index]
         if state.reader is not None:
             context = state.reader.context(rows, block, round_index, first_step)
-            latents = None if latents is None else latents[:, None]
         inputs = tokens
         if config.guidance_scale is not None:
             given = canvas.given[rows[:, None], canvas.columns(block, 1)]
             inputs = torch.cat([tokens, tokens.masked_fill(given, self.config.mask_token_id)])
             layout = layout.twice()
-            latents = None if latents is None else torch.cat([latents, latents])
-        outputs = self.model(inputs, layout=layout, latents=latents, context=context, return_dict=True)
+            modulation = None if modulation is None else torch.cat([modulation, modulation])
+        outputs = self.model(inputs, layout=layout, modulation=modulation, context=context, return_dict=True)
         if state.reader is not None:
             state.reader.keep(rows, context, outputs.past_key_values)
         hidden_states = outputs.last_hidden_state

@@ -110,38 +110,30 @@ class VMDMLP(nn.Module):
 
 
 class VMDLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer layer; with `conditioned`, the latent shifts, scales and gates both halves (adaLN)."""
+    """Pre-norm transformer layer, of which a latent may shift, scale and gate both halves (adaLN)."""
 
-    def __init__(self, config: VMDConfig, layer_idx: int, conditioned: bool):
+    def __init__(self, config: VMDConfig, layer_idx: int):
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
         self.attention = VMDAttention(config, layer_idx)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
         self.mlp = VMDMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.modulation = VMDModulation(config) if conditioned else None
 
     def forward(
         self,
         hidden_states,
         attention_mask=None,
         position_embeddings=None,
-        conditioning=None,
-        num_clean_blocks=0,
+        modulation=None,
         context=None,
         **kwargs,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """The new hidden states, and the layer's keys and values.
 
-        `conditioning` (batch, blocks, conditioning_size) belongs to the last blocks of the sequence. The
-        `num_clean_blocks` before them, and everything if it is None, have the null latent: no modulation at all.
+        `modulation` (batch, blocks, 6, hidden_size) is this layer's part of `VMDModel.modulation_of`.
         """
-        modulation = [None] * 6
-        if conditioning is not None:
-            modulation = self.modulation(conditioning)
-            if num_clean_blocks:
-                modulation = nn.functional.pad(modulation, (0, 0, num_clean_blocks, 0))
-            modulation = modulation.chunk(6, dim=-1)
+        modulation = [None] * 6 if modulation is None else modulation.unbind(-2)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation
         update, _, own = self.attention(
             modulate(self.attention_norm(hidden_states), shift_1, scale_1),
@@ -156,15 +148,12 @@ class VMDLayer(GradientCheckpointingLayer):
 
 
 class VMDZeroLinear(nn.Linear):
-    """A linear layer that starts at zero."""
+    """A linear layer whose weights start at zero."""
 
 
-class VMDModulation(VMDZeroLinear):
-    """adaLN-zero: conditioning vector to six modulations. Zero at the start, which makes the modulation the identity
-    (scale 1 + 0, shift 0, gate 1 + 0), so that training starts from a plain masked diffusion model."""
-
-    def __init__(self, config: VMDConfig):
-        super().__init__(config.conditioning_size, 6 * config.hidden_size)
+def identity_modulation(like: torch.Tensor) -> torch.Tensor:
+    """(6, 1): what leaves a layer as it is."""
+    return like.new_tensor([0, 1, 1, 0, 1, 1])[:, None]
 
 
 def modulate(hidden_states, shift, scale):
@@ -172,18 +161,18 @@ def modulate(hidden_states, shift, scale):
     if scale is None:
         return hidden_states
     if scale.shape[1] == 1:
-        return torch.addcmul(shift, hidden_states, 1 + scale)
+        return torch.addcmul(shift, hidden_states, scale)
     blocks = hidden_states.unflatten(1, (scale.shape[1], -1))
-    return torch.addcmul(shift[:, :, None], blocks, 1 + scale[:, :, None]).flatten(1, 2)
+    return torch.addcmul(shift[:, :, None], blocks, scale[:, :, None]).flatten(1, 2)
 
 
 def add_gated(residual, update, gate):
     if gate is None:
         return residual + update
     if gate.shape[1] == 1:
-        return torch.addcmul(residual, 1 + gate, update)
+        return torch.addcmul(residual, gate, update)
     shape = (gate.shape[1], -1)
-    return torch.addcmul(residual.unflatten(1, shape), 1 + gate[:, :, None], update.unflatten(1, shape)).flatten(1, 2)
+    return torch.addcmul(residual.unflatten(1, shape), gate[:, :, None], update.unflatten(1, shape)).flatten(1, 2)
 
 
 class VMDPreTrainedModel(PreTrainedModel):
@@ -293,11 +282,13 @@ class VMDModel(VMDPreTrainedModel):
     def __init__(self, config: VMDConfig):
         super().__init__(config)
         self.embeddings = VMDEmbeddings(config)
-        self.layers = nn.ModuleList(
-            VMDLayer(config, index, conditioned=config.latent_size > 0) for index in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(VMDLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
         self.conditioner = VMDConditioner(config) if config.latent_size else None
+        # adaLN-zero: a shift, a scale and a gate for each half of each layer. With zero weights it is the identity, so
+        # that training starts from a plain masked diffusion model.
+        size = config.num_hidden_layers * 6 * config.hidden_size
+        self.modulation = VMDZeroLinear(config.conditioning_size, size) if config.latent_size else None
         self.latent_prior = VMDLatentPrior(config) if config.prior == "learned" else None
         self.rotary_emb = LlamaRotaryEmbedding(config) if config.position_embedding_type == "rotary" else None
         self.gradient_checkpointing = False
@@ -343,6 +334,7 @@ class VMDModel(VMDPreTrainedModel):
         layout: Layout | None = None,
         context: CleanContext | None = None,
         clean: bool = False,
+        modulation: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutput:
         """
@@ -357,6 +349,7 @@ class VMDModel(VMDPreTrainedModel):
                 `input_ids` as they stand.
             clean: With blocks and `layout`, `input_ids` are clean tokens to be read: block-causal, under the null
                 latent. The output has their keys and values.
+            modulation: With `layout`, what `modulation_of` made of the latents, in their place.
 
         Returns:
             `last_hidden_state` (batch, length, hidden_size), after the final norm. With blocks, `attentions` are those
@@ -366,7 +359,7 @@ class VMDModel(VMDPreTrainedModel):
             ValueError: for a wrong shape, or more tokens than a position table has.
         """
         if layout is not None:
-            return self.run(input_ids, layout, latents, context, clean, return_dict=True, **kwargs)
+            return self.run(input_ids, layout, latents, context, clean, modulation, return_dict=True, **kwargs)
         layout = self.lay_out(input_ids, attention_mask, position_ids)
         grid = layout.scatter(input_ids, 0)
         if self.config.block_size is not None:
@@ -388,6 +381,7 @@ class VMDModel(VMDPreTrainedModel):
         latents: torch.Tensor | None = None,
         context: CleanContext | None = None,
         clean: bool = False,
+        modulation: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """One pass over blocks (or whole sequences) on their grid, and over the clean tokens still to be read.
@@ -395,6 +389,10 @@ class VMDModel(VMDPreTrainedModel):
         `past_key_values` of the output are those of the clean tokens read in this pass: a tuple for each layer.
         """
         check_latents(latents, self.config, layout, len(input_ids))
+        if modulation is None and self.conditioner is not None and not clean:
+            shape = (len(input_ids), layout.num_blocks, self.config.latent_size)
+            latents = torch.zeros(shape, device=input_ids.device) if latents is None else latents.view(shape)
+            modulation = self.modulation_of(latents)
         context = context or CleanContext()
         position_ids, num_new = layout.position_ids, 0
         if context.input_ids is not None:
@@ -412,12 +410,14 @@ class VMDModel(VMDPreTrainedModel):
                 "attention_mask": block_attention_mask(self.config, query, key, hidden_states.dtype),
                 "position_embeddings": self.rotary_angles(hidden_states, position_ids),
             }
+        if modulation is not None and num_new:  # clean tokens have the null latent: no modulation at all
+            shape = (len(modulation), num_new // layout.width, *modulation.shape[2:])
+            modulation = torch.cat([identity_modulation(modulation).expand(shape), modulation], dim=1)
         hidden_states, keys_values = self.run_layers(
             hidden_states,
             input_ids.shape[1] if clean else num_new,
             context.keys_values,
-            conditioning=None if clean else self.condition(latents, layout, hidden_states),
-            num_clean_blocks=num_new // layout.width,
+            modulation,
             **attention,
             **kwargs,
         )
@@ -437,23 +437,26 @@ class VMDModel(VMDPreTrainedModel):
         read = CleanContext(keys_values=outputs.past_key_values, read=layout.places(clean=True))
         return outputs.last_hidden_state, read
 
-    def run_layers(self, hidden_states, num_new, keys_values, **kwargs):
+    def run_layers(self, hidden_states, num_new, keys_values, modulation, **kwargs):
         """The layers (`num_loops` times), and each one's keys and values at the first `num_new` tokens."""
         new = []
+        modulations = [None] * len(self.layers) if modulation is None else modulation.unbind(2)
         for index in range(self.config.num_loops * len(self.layers)):
+            layer = index % len(self.layers)
             context = None if keys_values is None else keys_values[index]
-            hidden_states, own = self.layers[index % len(self.layers)](hidden_states, context=context, **kwargs)
+            hidden_states, own = self.layers[layer](
+                hidden_states, modulation=modulations[layer], context=context, **kwargs
+            )
             if num_new:
                 new.append(tuple(part[:, :, :num_new] for part in own))
         return hidden_states, new
 
-    def condition(self, latents, layout, hidden_states):
-        """The conditioning vector of each block, (batch, N, conditioning_size); `None` without a latent."""
-        if self.conditioner is None:
-            return None
-        shape = (len(hidden_states), layout.num_blocks, self.config.latent_size)
-        latents = hidden_states.new_zeros(shape) if latents is None else latents.to(hidden_states.dtype).view(shape)
-        return self.conditioner(latents)
+    def modulation_of(self, latents: torch.Tensor) -> torch.Tensor:
+        """What latents (batch, N, latent_size) do to the layers, (batch, N, layers, 6, hidden_size): computed once, it
+        may be given to many passes."""
+        change = self.modulation(self.conditioner(latents.to(self.dtype)))
+        change = change.unflatten(-1, (len(self.layers), 6, self.config.hidden_size))
+        return change + identity_modulation(change)
 
 
 class VMDLatentEncoder(nn.Module):
@@ -469,8 +472,7 @@ class VMDLatentEncoder(nn.Module):
         super().__init__()
         self.embed_flags = nn.Embedding(3, config.hidden_size)
         self.layers = nn.ModuleList(
-            VMDLayer(config, config.num_hidden_layers + index, conditioned=False)
-            for index in range(config.num_latent_encoder_layers)
+            VMDLayer(config, config.num_hidden_layers + index) for index in range(config.num_latent_encoder_layers)
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
         self.out_proj = nn.Linear(config.hidden_size, 2 * config.latent_size)
