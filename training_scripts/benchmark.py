@@ -193,6 +193,25 @@ def vocabulary(table: Comparison) -> None:
     )
 
 
+def attention_of_a_block(model: VMDForMaskedDiffusion, masks: torch.Tensor, num_steps: int = 4) -> Callable[[], None]:
+    """The attention, and nothing else, of an average one of the blocks of 16 that fill `masks`: with keys and values
+    of half of them."""
+    config = model.config
+    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    batch_size, context = len(masks), masks.shape[1] // 2
+    own = torch.ones(batch_size, heads, 16, size)
+    cache = torch.ones(config.num_hidden_layers, 2, batch_size, heads, context, size)
+    visible = torch.ones(batch_size, 1, 16, context + 16, dtype=torch.bool)
+
+    def attention() -> None:
+        for _ in range(num_steps):
+            for layer in cache:
+                key, value = (torch.cat([part, own], dim=2) for part in layer)
+                F.scaled_dot_product_attention(own, key, value, attn_mask=visible)
+
+    return attention
+
+
 def blocks(table: Comparison) -> None:
     mdm, vmd = build(0, block_size=16), build(64, block_size=16)
     input_ids = torch.randint(2, 1000, (8, 128))
@@ -211,6 +230,15 @@ def blocks(table: Comparison) -> None:
             lambda: vmd.generate(masks, num_steps=4, use_cache=False),  # noqa: B023
             ">= 3",
         )
+        few, many = (masks[:, : 16 * num_blocks] for num_blocks in (8, 32))
+        attention = alternate(attention_of_a_block(vmd, few), attention_of_a_block(vmd, many), table.repeats)
+        whole = alternate(
+            lambda: vmd.generate(few, num_steps=4),  # noqa: B023
+            lambda: vmd.generate(many, num_steps=4),  # noqa: B023
+            table.repeats,
+        )
+        rest = (whole[0] / 8 - attention[0], whole[1] / 32 - attention[1])
+        table.add(f"blocks of 16, batch {batch_size}: a block without its attention, s: of 8, of 32", *rest, "1")
     compare_steps(
         table,
         "blocks of 16: training step (2 x 1,024), s: one pass of 2L x 2L, two streams",
