@@ -18,6 +18,7 @@ BROKEN_RULES = [
     ({"hidden_size": -32}, "hidden_size.*got -32"),
     ({"num_attention_heads": 0}, "num_attention_heads.*got 0"),
     ({"intermediate_size": 0}, "intermediate_size.*got 0"),
+    ({"loop_loss": True}, "loop_loss.*num_loops.*got 1"),
     ({"conditioning_size": 0}, "conditioning_size.*got 0"),
     ({"num_hidden_layers": 0}, "num_hidden_layers.*got 0"),
     ({"max_position_embeddings": 0}, "max_position_embeddings.*got 0"),

@@ -596,6 +596,30 @@ def test_the_loss_is_the_sum_of_the_terms_that_are_reported(objective, training)
     torch.testing.assert_close(output.loss, output.reconstruction_loss + 0.3 * output.kl)
 
 
+@pytest.mark.parametrize("settings", [{}, {"block_size": 3, "latent_size": 0}])
+def test_with_a_loop_loss_earlier_loops_pay_as_models_of_so_many_loops(settings):
+    """(With blocks and a latent z would differ: the posterior reads what all loops made of the clean context.)"""
+    model = tiny_model(**settings, kl_weight=0.3, num_loops=3, loop_loss=True).train()
+    input_ids = digits(2, 6)
+    noise = {"times": uniform(2, 2) if settings else uniform(2), "position_noise": uniform(2, 6)}
+    if not settings:
+        noise["latent_noise"] = normal(2, 4)
+    batch = {"input_ids": input_ids, "labels": input_ids} | noise
+    trained = model(**batch)
+    reported = [trained.reconstruction_loss, trained.kl]
+    terms = []
+    model.config.loop_loss = False
+    for num_loops in (1, 2, 3):
+        model.config.num_loops = num_loops
+        terms.append(model(**batch).reconstruction_loss)
+    assert len({round(term.item(), 3) for term in terms}) == 3
+    torch.testing.assert_close(trained.loss, terms[2] + (terms[0] + terms[1]) / 2 + 0.3 * trained.kl)
+    model.config.loop_loss = True
+    evaluated = model.eval()(**batch)
+    torch.testing.assert_close(reported, [evaluated.reconstruction_loss, evaluated.kl])
+    torch.testing.assert_close(evaluated.loss, terms[2] + 0.3 * trained.kl)
+
+
 def test_the_given_number_of_items_is_the_normaliser():
     model, (batch, noise) = tiny_model(), loss_batch()
     num_labels = (batch["labels"] != -100).sum().item()

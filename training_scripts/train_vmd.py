@@ -46,7 +46,9 @@ class ModelArguments:
     hidden_size: int = 64
     num_hidden_layers: int = 2
     num_loops: int = 1
+    loop_loss: bool = field(default=False, metadata={"help": "Every loop pays for what it would have predicted."})
     num_attention_heads: int = 4
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa (default), flex_attention."})
     position_embedding_type: Literal["rotary", "learned", "none"] = "learned"
     latent_size: int = field(default=8, metadata={"help": "0: the MDM baseline."})
     block_size: int | None = field(default=None, metadata={"help": "Tokens a block; default: whole sequences."})
@@ -86,6 +88,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
         ValueError: the recipe has a name that is no argument.
     """
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # bf16 on a CPU has to be asked for
     if argv and argv[0].endswith(".yaml"):
         with open(argv[0]) as file:
             recipe = yaml.safe_load(file)
@@ -133,6 +136,7 @@ def build_model(
         hidden_size=args.hidden_size,
         num_hidden_layers=args.num_hidden_layers,
         num_loops=args.num_loops,
+        loop_loss=args.loop_loss,
         num_attention_heads=args.num_attention_heads,
         position_embedding_type=args.position_embedding_type,
         position_groups=position_groups,
@@ -147,6 +151,7 @@ def build_model(
         kl_warmup_steps=round(args.kl_warmup_ratio * num_training_forwards),
         free_bits=args.free_bits,
         hidden_dropout=args.hidden_dropout,
+        attn_implementation=args.attn_implementation,
     )
     return VMDForMaskedDiffusion(config)
 

@@ -34,6 +34,8 @@ class VMDConfig(PreTrainedConfig):
         hidden_size: Width of the transformer; a multiple of `num_attention_heads`.
         num_hidden_layers: Layers of the denoiser.
         num_loops: How often the stack of layers is run through, with the same weights: depth without parameters.
+        loop_loss: In training mode, what every earlier loop would have predicted pays the reconstruction term, too
+            (their mean is added to the loss, and to nothing that is reported): each loop is to improve on the last.
         num_attention_heads: Attention heads. With rotary positions, `hidden_size / num_attention_heads` is even.
         intermediate_size: Width of the feed-forward layers; `None` means `4 * hidden_size`.
         hidden_act: Activation of the feed-forward layers, a name that transformers knows.
@@ -86,6 +88,7 @@ class VMDConfig(PreTrainedConfig):
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_loops: int = 1
+    loop_loss: bool = False
     num_attention_heads: int = 12
     intermediate_size: int | None = None
     hidden_act: str = "gelu"
@@ -158,6 +161,8 @@ class VMDConfig(PreTrainedConfig):
                 "prior='learned' needs blocks, whose earlier ones it sees, and a latent, got "
                 f"block_size={self.block_size} and latent_size={self.latent_size}"
             )
+        if self.loop_loss and self.num_loops == 1:
+            raise ValueError("loop_loss needs num_loops of at least 2, got 1")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be an activation that transformers knows, got {self.hidden_act!r}")
 

@@ -623,17 +623,29 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             kl_elements = kl_elements * corruption.revealed.any(-1, keepdim=True)
 
         x_t = units.masked_fill(corruption.masked, self.config.mask_token_id).view_as(clean)
+        loop_loss = self.config.loop_loss and self.training
+        if loop_loss:
+            kwargs["output_hidden_states"] = True
         outputs = self.model(x_t, latents=latents, layout=layout, context=context, return_dict=True, **kwargs)
-        unit, column = corruption.revealed.nonzero(as_tuple=True)
-        logits = self.compute_logits(layout.units(outputs.last_hidden_state)[unit, column])
-        reconstruction = row_cross_entropy(logits, units[unit, column], unit, len(units))
-
         num_items = maskable.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         num_items = num_items.clamp(min=1)
-        reconstruction_loss = (corruption.weight * reconstruction).sum() / num_items
+        unit, column = corruption.revealed.nonzero(as_tuple=True)
+
+        def reconstruct(hidden_states):
+            logits = self.compute_logits(layout.units(hidden_states)[unit, column])
+            reconstruction = row_cross_entropy(logits, units[unit, column], unit, len(units))
+            return (corruption.weight * reconstruction).sum() / num_items
+
+        reconstruction_loss = reconstruct(outputs.last_hidden_state)
         kl, kl_loss = self._kl_terms(kl_elements, corruption, num_items)
+        loss = reconstruction_loss + kl_loss
+        if loop_loss:
+            num_layers = self.config.num_hidden_layers
+            earlier = outputs.hidden_states[num_layers:-1:num_layers]  # of [clean tokens, grid], before the norm
+            norm = self.model.norm
+            loss = loss + sum(reconstruct(norm(state[:, -clean.shape[1] :])) for state in earlier) / len(earlier)
         return VMDMaskedDiffusionOutput(
-            loss=reconstruction_loss + kl_loss,
+            loss=loss,
             reconstruction_loss=reconstruction_loss.detach(),
             kl=kl.detach(),
             kl_per_latent=None if kl_elements is None else kl_elements.sum(-1).detach().view(per_latent),
