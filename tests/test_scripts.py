@@ -5,12 +5,15 @@ from pathlib import Path
 
 import evaluate_vmd
 import generate_vmd
+import numpy as np
 import pytest
 import quick_start
 import solve_sudoku
 import train_vmd
 import yaml
 from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from vmd_hf.data.sudoku import solve_puzzles
 
 SCRIPTS = Path(train_vmd.__file__).parent
 
@@ -105,6 +108,31 @@ def test_a_text_model_is_trained_resumed_evaluated_and_generates(tmp_path, capsy
     passes = 3 if block_size is None else 5  # 3 for the second block's four masks, 2 for the third's two
     assert f"{passes} forward passes" in lines[-1]
     assert len(lines) == passes + 2
+
+
+def test_a_model_of_whole_boards_completes_clues_that_leave_many_solutions(tmp_path):
+    recipe = str(SCRIPTS / "recipes" / "sudoku.yaml")
+    arguments = ["--num_train_rows=8", "--num_eval_rows=4", "--max_clues=0", "--latent_size=2", "--save_steps=2"]
+    train_vmd.main([recipe, *arguments, "--eval_steps=2", "--max_steps=2", f"--output_dir={tmp_path}", *SMALL])
+    arguments = ["--num_puzzles=20", "--num_clues", "0", "24", "--num_steps", "1", "3", "--remasking", "random"]
+    evaluate_vmd.main([f"--model={tmp_path}", "--task=boards", *arguments])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["clues"], row["num_steps"], row["sampler"]) for row in results] == [
+        (clues, steps, f"{sampler} z {per}, sampled")
+        for clues in (0, 24)
+        for steps in (1, 3)
+        for sampler, per in (("one", "kept"), ("fresh", "per step"))
+    ]
+    for row in results:  # two updates teach nothing, and clues are what is right
+        assert row["puzzles"] == row["distinct"] == 20 and row["solved"] == 0 and 0 <= row["valid_units"] < 0.5
+
+
+@pytest.mark.parametrize("num_clues", [0, 16, 24])
+def test_clues_that_leave_many_solutions(num_clues):
+    puzzles = evaluate_vmd.puzzles_with_many_solutions(20, num_clues, seed=0)
+    assert puzzles.shape == (20, 81) and ((puzzles > 0).sum(1) == num_clues).all()
+    assert (solve_puzzles(puzzles, limit=100)[0] == 100).all()
+    assert len(np.unique(puzzles, axis=0)) == (20 if num_clues else 1)
 
 
 def test_a_sudoku_model_is_trained_evaluated_and_draws_its_board(tmp_path, capsys):

@@ -3,11 +3,14 @@
     python training_scripts/evaluate_vmd.py --model outputs/d1 --setting d1
     python training_scripts/evaluate_vmd.py --model outputs/sotu --task text
     python training_scripts/evaluate_vmd.py --model outputs/sudoku --task sudoku --puzzles sudoku.csv
+    python training_scripts/evaluate_vmd.py --model outputs/boards --task boards --num_steps 5 10 20 40 81
 
 Synthetic settings: accuracy (share of samples inside the support) and KL(target || samples) over the support in nats,
 a support point that was never sampled counted as half a sample. Text: the objective on the test split, and samples
 with the share of their words that occur in the training text. Sudoku: share of puzzles solved, with a 95 % interval
-(Wilson), for each remasking rule and number of steps, and by clue count and rating.
+(Wilson), for each remasking rule and number of steps, and by clue count and rating. Boards: few clues that leave many
+solutions, completed at temperature 1: the shares of valid boards and of valid rows, columns and boxes, and how many
+boards differ.
 """
 
 import json
@@ -33,7 +36,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from vmd_hf.data.sudoku import PuzzleTable, format_boards, generate_puzzles, read_puzzles, solve_puzzles
+from vmd_hf.data.sudoku import (
+    PuzzleTable,
+    format_boards,
+    generate_puzzles,
+    group_validity,
+    parse_board,
+    random_boards,
+    read_puzzles,
+    solve_puzzles,
+    valid_boards,
+)
 from vmd_hf.data.synthetic import joint_metrics, target_distribution
 from vmd_hf.data.text import clean_text8, load_documents, text_datasets
 
@@ -50,7 +63,7 @@ class EvaluationArguments:
     """What to evaluate, and how."""
 
     model: str = field(default="outputs/d1", metadata={"help": "Folder or Hub id of the model."})
-    task: Literal["synthetic", "text", "sudoku"] = "synthetic"
+    task: Literal["synthetic", "text", "sudoku", "boards"] = "synthetic"
     setting: str = "d1"
     correlation: float | None = None
     source: str = "sotu"
@@ -64,6 +77,9 @@ class EvaluationArguments:
     num_puzzles: int = field(default=1000, metadata={"help": "New puzzles to make, or the first ones of the file."})
     min_clues: int = 31
     max_clues: int = 36
+    num_clues: list[int] = field(
+        default_factory=lambda: [0, 8, 16, 24], metadata={"help": "Clues of boards with many solutions."}
+    )
     remasking: list[str] = field(default_factory=lambda: ["top_prob", "top_prob_margin"])
     seed: int = 0
     output: str | None = field(default=None, metadata={"help": "JSON file; default: results.json in the model's."})
@@ -181,6 +197,49 @@ def evaluate_sudoku(
     return results, parts
 
 
+def puzzles_with_many_solutions(num_puzzles: int, num_clues: int, seed: int, at_least: int = 100) -> np.ndarray:
+    """(num_puzzles, 81) uint8: random cells of random boards, which at least so many solutions agree with."""
+    random = np.random.default_rng(seed)
+    found = np.zeros((0, 81), dtype=np.uint8)
+    while len(found) < num_puzzles:
+        boards = random_boards(num_puzzles, seed=10**6 + seed, start=len(found))
+        clues = random.random(boards.shape).argsort(axis=1) < num_clues
+        puzzles = np.where(clues, boards, 0).astype(np.uint8)
+        found = np.concatenate([found, puzzles[solve_puzzles(puzzles, limit=at_least)[0] == at_least]])
+    return found[:num_puzzles]
+
+
+def evaluate_boards(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, tries: int = 10
+) -> Iterator[dict[str, Any]]:
+    """Boards sampled at temperature 1, `tries` for each set of clues (without clues there is but one)."""
+    model.eval()
+    for num_clues in args.num_clues:
+        puzzles = puzzles_with_many_solutions(max(args.num_puzzles // tries, 1), num_clues, args.seed).repeat(tries, 0)
+        masks = tokenizer(format_boards(puzzles), return_tensors="pt")["input_ids"]
+        for remasking in args.remasking:
+            for num_steps in args.num_steps:
+                for sampler, settings in SAMPLERS.items():
+                    if "argmax" in sampler or (settings["resample_latents"] and model.config.latent_size == 0):
+                        continue
+                    generator = torch.Generator().manual_seed(args.seed)
+                    settings = {**settings, "num_steps": num_steps, "remasking": remasking, "generator": generator}
+                    batches = tqdm(masks.split(args.batch_size), desc=f"{num_clues}, {num_steps}", disable=None)
+                    ids = torch.cat([model.generate(batch, **settings) for batch in batches])
+                    boards = np.stack([parse_board(text) for text in tokenizer.batch_decode(ids)])
+                    valid = valid_boards(boards)
+                    yield {
+                        "clues": num_clues,
+                        "remasking": remasking,
+                        "num_steps": num_steps,
+                        "sampler": sampler if model.config.latent_size else sampler.replace("one z kept", "no z"),
+                        **share(valid),
+                        "valid_units": float(group_validity(boards).mean()),
+                        "distinct": len(np.unique(boards, axis=0)),
+                        "distinct_valid": len(np.unique(boards[valid], axis=0)),
+                    }
+
+
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
     """Rows with the same keys as one table."""
     table = Table(title=title)
@@ -211,6 +270,9 @@ def main(argv: list[str]) -> None:
         print_table("Sudoku: share solved, with its 95 % interval", results)
         print_table(f"{results[-1]['remasking']}, {results[-1]['num_steps']} steps", parts)
         results += parts
+    elif args.task == "boards":
+        results = list(evaluate_boards(model, AutoTokenizer.from_pretrained(args.model), args))
+        print_table(f"{args.num_puzzles} boards from few clues, sampled: share valid, with its 95 % interval", results)
     else:
         results = evaluate_text(model, AutoTokenizer.from_pretrained(args.model), args)
         print_table(f"{args.source}: objective, nats a character (not a perplexity with a latent)", results[:1])

