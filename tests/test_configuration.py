@@ -18,6 +18,8 @@ BROKEN_RULES = [
     ({"hidden_size": -32}, "hidden_size.*got -32"),
     ({"num_attention_heads": 0}, "num_attention_heads.*got 0"),
     ({"intermediate_size": 0}, "intermediate_size.*got 0"),
+    ({"kl_weight": float("nan")}, "kl_weight must be finite.*got nan"),
+    ({"free_bits": float("inf")}, "free_bits must be finite.*got inf"),
     ({"loop_loss": True}, "loop_loss.*num_loops.*got 1"),
     ({"conditioning_size": 0}, "conditioning_size.*got 0"),
     ({"num_hidden_layers": 0}, "num_hidden_layers.*got 0"),

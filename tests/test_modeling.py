@@ -307,6 +307,14 @@ def test_word_embeddings_are_tied_as_the_config_says(tied, tmp_path):
     assert ("lm_head.weight" in dict(model.named_parameters())) != tied
 
 
+def test_a_vocabulary_keeps_its_special_tokens():
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"mask_token_id, pad_token_id and eos_token_id \(10, 11, None\).*got 11"):
+        model.resize_token_embeddings(11)
+    assert model.lm_head.weight.shape[0] == 12
+    model.resize_token_embeddings(12)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_vocabulary_can_grow(tied, tmp_path):
     model, input_ids = tiny_model(tie_word_embeddings=tied), digits(2, 5)

@@ -1,5 +1,6 @@
 """Configuration of Variational Masked Diffusion models (arXiv 2510.23606)."""
 
+import math
 from functools import wraps
 from typing import Literal
 
@@ -182,8 +183,8 @@ class VMDConfig(PreTrainedConfig):
                 f"objective_steps must be one or more numbers of at least 1, got {list(self.objective_steps)}"
             )
         for name in ("kl_weight", "kl_warmup_steps", "free_bits", "initializer_range"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
         for name in ("attention_dropout", "hidden_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")

@@ -194,6 +194,17 @@ class VMDPreTrainedModel(PreTrainedModel):
             del self.config.auto_map
         return super().save_pretrained(*args, **kwargs)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
+        """As everywhere; a vocabulary without the tokens that the config names is an error."""
+        ids = (self.config.mask_token_id, self.config.pad_token_id, self.config.eos_token_id)
+        largest = max((token for token in ids if isinstance(token, int)), default=-1)
+        if new_num_tokens is not None and new_num_tokens <= largest:
+            raise ValueError(
+                f"new_num_tokens must leave mask_token_id, pad_token_id and eos_token_id {ids} in the vocabulary, got "
+                f"{new_num_tokens}"
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
