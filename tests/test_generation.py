@@ -846,6 +846,14 @@ def test_a_folder_without_saved_settings_gives_the_defaults_of_the_model(tmp_pat
     assert loaded.generation_config.resample_latents
 
 
+def test_fields_of_the_models_config_may_be_given_on_loading(tmp_path):
+    model = small_model()
+    model.generation_config.num_steps = 3
+    model.save_pretrained(tmp_path)
+    loaded = VMDForMaskedDiffusion.from_pretrained(tmp_path, kl_weight=0.25)
+    assert (loaded.config.kl_weight, loaded.generation_config.num_steps) == (0.25, 3)
+
+
 def test_a_generation_config_may_be_given_on_loading(tmp_path):
     small_model().save_pretrained(tmp_path)
     loaded = VMDForMaskedDiffusion.from_pretrained(tmp_path, generation_config=VMDGenerationConfig(num_steps=2))

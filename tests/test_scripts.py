@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import quick_start
 import solve_sudoku
+import sudoku_figures
 import train_vmd
 import yaml
+from matplotlib.image import imread
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from vmd_hf.data.sudoku import solve_puzzles
@@ -111,7 +113,7 @@ def test_a_text_model_is_trained_resumed_evaluated_and_generates(tmp_path, capsy
 
 
 def test_a_model_of_whole_boards_completes_clues_that_leave_many_solutions(tmp_path):
-    recipe = str(SCRIPTS / "recipes" / "sudoku.yaml")
+    recipe = str(SCRIPTS / "recipes" / "sudoku_basics.yaml")
     arguments = ["--num_train_rows=8", "--num_eval_rows=4", "--max_clues=0", "--latent_size=2", "--save_steps=2"]
     train_vmd.main([recipe, *arguments, "--eval_steps=2", "--max_steps=2", f"--output_dir={tmp_path}", *SMALL])
     arguments = ["--num_puzzles=20", "--num_clues", "0", "24", "--num_steps", "1", "3", "--remasking", "random"]
@@ -135,23 +137,31 @@ def test_clues_that_leave_many_solutions(num_clues):
     assert len(np.unique(puzzles, axis=0)) == (20 if num_clues else 1)
 
 
-def test_a_sudoku_model_is_trained_evaluated_and_draws_its_board(tmp_path, capsys):
-    arguments = ["--num_train_rows=20", "--num_eval_rows=4", "--min_clues=30", "--eval_steps=2", "--save_steps=2"]
+def test_a_sudoku_model_is_trained_evaluated_drawn_and_draws_its_board(tmp_path, capsys):
+    common = ["--num_train_rows=20", "--num_eval_rows=4", "--eval_steps=2", "--save_steps=2", "--max_steps=2", *SMALL]
+    basics, solver = tmp_path / "basics", tmp_path / "solver"
+    train_vmd.main([str(SCRIPTS / "recipes" / "sudoku_basics.yaml"), *common, f"--output_dir={basics}"])
     recipe = str(SCRIPTS / "recipes" / "sudoku.yaml")
-    train_vmd.main([recipe, *arguments, "--max_steps=2", "--num_loops=2", f"--output_dir={tmp_path}", *SMALL])
-    config = AutoModelForMaskedLM.from_pretrained(tmp_path).config
-    assert len(config.position_groups) == 3 and config.num_loops == 2
+    arguments = [f"--model_name_or_path={basics}", "--min_clues=30", "--num_loops=2", f"--output_dir={solver}"]
+    train_vmd.main([recipe, *arguments, *common])
+    config = AutoModelForMaskedLM.from_pretrained(solver).config
+    assert config.hidden_size == 16 and (config.num_loops, config.objective) == (2, "per_step")
+    assert len(config.position_groups) == 3
 
-    evaluate_vmd.main([f"--model={tmp_path}", "--task=sudoku", "--num_puzzles=6", "--num_steps", "1", "2"])
-    results = json.loads((tmp_path / "results.json").read_text())
+    for folder in (solver / "checkpoint-2", solver):
+        evaluate_vmd.main([f"--model={folder}", "--task=sudoku", "--num_puzzles=6", "--num_steps", "1", "2"])
+    results = json.loads((solver / "results.json").read_text())
     assert [(row["remasking"], row["num_steps"]) for row in results if "remasking" in row] == [
         (rule, steps) for rule in ("top_prob", "top_prob_margin") for steps in (1, 2)
     ]
     assert sum(row["puzzles"] for row in results if row.get("group", "").startswith("clues")) == 6
 
     puzzle = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+    sudoku_figures.main([f"--model={solver}", "--num_steps=2", f"--puzzle={puzzle}"])
+    for name in ("accuracy_over_steps.png", "accuracy_over_training.png", "board.png"):
+        assert len(np.unique(imread(solver / name))) > 10
     capsys.readouterr()
-    assert solve_sudoku.main([f"--model={tmp_path}", "--num_steps=3", puzzle]) == 1  # two updates teach nothing
+    assert solve_sudoku.main([f"--model={solver}", "--num_steps=3", puzzle]) == 1  # two updates teach nothing
     lines = capsys.readouterr().out.splitlines()
     cells = "".join(line.replace("|", "").replace(" ", "") for line in lines if line[:1].isdigit())
     assert len(cells) == 81

@@ -44,7 +44,7 @@ from vmd_hf.training import EMACallback, VMDMetricsCallback
 class ModelArguments:
     """Fields of VMDConfig, and what follows from the length of training."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Start from these weights."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Start from this model."})
     hidden_size: int = 64
     num_hidden_layers: int = 2
     num_loops: int = 1
@@ -130,9 +130,20 @@ def build_model(
     num_training_forwards: int,
     position_groups: list[list[int]] | None = None,
 ) -> VMDForMaskedDiffusion:
-    """A new model of the task's size, or the given checkpoint."""
+    """A new model of the task's size, or the given checkpoint, which keeps its shape (but for `num_loops`)."""
+    settings = {
+        "num_loops": args.num_loops,
+        "loop_loss": args.loop_loss,
+        "objective": args.objective,
+        "objective_steps": args.objective_steps,
+        "kl_weight": args.kl_weight,
+        "kl_warmup_steps": round(args.kl_warmup_ratio * num_training_forwards),
+        "free_bits": args.free_bits,
+        "hidden_dropout": args.hidden_dropout,
+        "attn_implementation": args.attn_implementation,
+    }
     if args.model_name_or_path:
-        return VMDForMaskedDiffusion.from_pretrained(args.model_name_or_path)
+        return VMDForMaskedDiffusion.from_pretrained(args.model_name_or_path, **settings)
     config = VMDConfig(
         vocab_size=len(tokenizer),
         mask_token_id=tokenizer.mask_token_id,
@@ -141,8 +152,6 @@ def build_model(
         max_position_embeddings=sequence_length,
         hidden_size=args.hidden_size,
         num_hidden_layers=args.num_hidden_layers,
-        num_loops=args.num_loops,
-        loop_loss=args.loop_loss,
         num_attention_heads=args.num_attention_heads,
         position_embedding_type=args.position_embedding_type,
         position_groups=position_groups,
@@ -151,13 +160,7 @@ def build_model(
         prior=args.prior if args.latent_size else "standard",
         conditioning_size=args.conditioning_size,
         num_latent_encoder_layers=args.num_latent_encoder_layers,
-        objective=args.objective,
-        objective_steps=args.objective_steps,
-        kl_weight=args.kl_weight,
-        kl_warmup_steps=round(args.kl_warmup_ratio * num_training_forwards),
-        free_bits=args.free_bits,
-        hidden_dropout=args.hidden_dropout,
-        attn_implementation=args.attn_implementation,
+        **settings,
     )
     return VMDForMaskedDiffusion(config)
 

@@ -537,7 +537,8 @@ class VMDGenerationMixin:
         trust_remote_code,
         **kwargs,
     ):
-        """Called by `from_pretrained`: takes the given generation config, or loads the saved one."""
+        """Called by `from_pretrained`: takes the given generation config, or loads the saved one. (`kwargs` are fields
+        of the model's config.)"""
         if generation_config is not None:
             self.generation_config = self.generation_config_class.from_dict(generation_config.to_dict())
             return
@@ -553,7 +554,6 @@ class VMDGenerationMixin:
                 token=token,
                 revision=revision,
                 subfolder=subfolder,
-                **kwargs,
             )
         except OSError:
             pass  # a checkpoint without the file keeps the defaults of its model config

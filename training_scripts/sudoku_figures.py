@@ -1,0 +1,127 @@
+"""Figures of a Sudoku model: accuracy over forward passes, over training steps, and a board that fills.
+
+    python training_scripts/evaluate_vmd.py --model outputs/sudoku --task sudoku --num_steps 1 5 10 20
+    python training_scripts/sudoku_figures.py --model outputs/sudoku
+
+Reads `results.json` of the model's folder and of the checkpoints in it, as `evaluate_vmd.py --task sudoku` writes
+them, and writes `accuracy_over_steps.png`, `accuracy_over_training.png` and `board.png` beside it.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
+
+from vmd_hf.data.sudoku import parse_board
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@dataclass
+class FigureArguments:
+    """What to draw."""
+
+    model: str = field(default="outputs/sudoku", metadata={"help": "Folder of the model."})
+    puzzle: str = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+    num_steps: int = field(default=10, metadata={"help": "Forward passes for the board, and over training steps."})
+    remasking: str = "top_prob_margin"
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The rows of `results.json` that tell rules and numbers of steps apart."""
+    return [row for row in json.loads((folder / "results.json").read_text()) if "remasking" in row]
+
+
+def draw_accuracy(axes: plt.Axes, x: list[int], rows: list[dict[str, Any]], label: str) -> None:
+    """Percent solved with its interval."""
+    solved, low, high = (100 * np.array([row[name] for row in rows]) for name in ("solved", "low", "high"))
+    axes.errorbar(
+        x, solved, yerr=[(solved - low).clip(0), (high - solved).clip(0)], marker="o", capsize=3, label=label
+    )
+
+
+def accuracy_over_steps(folder: Path) -> None:
+    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+    results = read_results(folder)
+    for rule in dict.fromkeys(row["remasking"] for row in results):
+        rows = sorted((row for row in results if row["remasking"] == rule), key=lambda row: row["num_steps"])
+        draw_accuracy(axes, [row["num_steps"] for row in rows], rows, rule)
+    axes.set(xlabel="forward passes", ylabel="puzzles solved, %", ylim=(0, 101), xscale="log")
+    ticks = sorted({row["num_steps"] for row in results})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    axes.minorticks_off()
+    axes.legend()
+    figure.savefig(folder / "accuracy_over_steps.png", dpi=110)
+
+
+def accuracy_over_training(folder: Path, remasking: str, num_steps: int) -> None:
+    folders = [path for path in folder.glob("checkpoint-*") if (path / "results.json").exists()]
+    if not folders:
+        return
+    folders.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+    chosen = [
+        next(row for row in read_results(path) if (row["remasking"], row["num_steps"]) == (remasking, num_steps))
+        for path in folders
+    ]
+    updates = [int(path.name.removeprefix("checkpoint-")) for path in folders]
+    draw_accuracy(axes, updates, chosen, f"{remasking}, {num_steps} forward passes")
+    axes.set(xlabel="updates", ylabel="puzzles solved, %", ylim=(0, 101))
+    axes.legend()
+    figure.savefig(folder / "accuracy_over_training.png", dpi=110)
+
+
+def board_that_fills(folder: Path, model: PreTrainedModel, puzzle: str, remasking: str, num_steps: int) -> None:
+    """The board after each forward pass: clues black, earlier digits grey, those of the step blue."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    output = model.generate(
+        tokenizer(puzzle, return_tensors="pt")["input_ids"],
+        num_steps=num_steps,
+        remasking=remasking,
+        generator=torch.Generator().manual_seed(0),
+        output_history=True,
+        return_dict_in_generate=True,
+    )
+    clues = parse_board(puzzle)
+    texts = [tokenizer.decode(ids[0]).replace(tokenizer.mask_token, ".") for ids in output.history]
+    boards = [clues, *map(parse_board, texts)]
+    columns = min(len(boards), 6)
+    rows = -(-len(boards) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.4 * columns, 2.6 * rows), squeeze=False, layout="constrained"
+    )
+    for number, axis in enumerate(axes.flat):
+        axis.axis("off")
+        if number >= len(boards):
+            continue
+        axis.set(xlim=(0, 9), ylim=(9, 0), aspect="equal", title="clues" if number == 0 else f"pass {number}")
+        for line in range(10):
+            width = 1.5 if line % 3 == 0 else 0.4
+            axis.plot([0, 9], [line, line], color="black", lw=width)
+            axis.plot([line, line], [0, 9], color="black", lw=width)
+        for cell, digit in enumerate(boards[number]):
+            new = number and boards[number - 1][cell] != digit
+            if digit:
+                style = {"weight": "bold"} if clues[cell] else {"color": "tab:blue" if new else "dimgray"}
+                axis.text(cell % 9 + 0.5, cell // 9 + 0.5, str(digit), ha="center", va="center", fontsize=8, **style)
+    figure.savefig(folder / "board.png", dpi=110)
+
+
+def main(argv: list[str]) -> None:
+    (args,) = HfArgumentParser(FigureArguments).parse_args_into_dataclasses(args=argv)
+    folder = Path(args.model)
+    accuracy_over_steps(folder)
+    accuracy_over_training(folder, args.remasking, args.num_steps)
+    model = AutoModelForMaskedLM.from_pretrained(folder).eval()
+    board_that_fills(folder, model, args.puzzle, args.remasking, args.num_steps)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
