@@ -360,7 +360,7 @@ def test_one_training_does_not_enter_the_figures_of_the_next(tmp_path):
 @pytest.mark.parametrize("step", [3, 5])  # in the middle of an epoch and at its end
 def test_a_resumed_training_ends_with_the_same_bits(tmp_path, with_average, step):
     def run(folder, **arguments):
-        callbacks = [VMDMetricsCallback()] + ([EMACallback(decay=0.8)] if with_average else [])
+        callbacks = [VMDMetricsCallback()] + ([EMACallback(decay=0.3)] if with_average else [])
         model = small_model(kl_warmup_steps=100, hidden_dropout=0.1)
         trainer = train(model, folder, callbacks, max_steps=8, save_strategy="steps", save_steps=step, **arguments)
         return weights(model), load_file(folder / "checkpoint-8" / "model.safetensors"), trainer
@@ -395,10 +395,9 @@ class WeightsAfterEachStep(TrainerCallback):
         if not self.averages:
             self.averages.append(trained)
             return
-        average = self.averages[-1]
-        self.averages.append(
-            {name: self.decay * average[name] + (1 - self.decay) * value for name, value in trained.items()}
-        )
+        average, num_averaged = self.averages[-1], len(self.averages)
+        decay = min(self.decay, (1 + num_averaged) / (10 + num_averaged))  # 0.3 from the fourth on
+        self.averages.append({name: decay * average[name] + (1 - decay) * value for name, value in trained.items()})
 
 
 def parameters(model):
@@ -410,12 +409,12 @@ def parameters(model):
     [({"save_strategy": "steps", "save_steps": 2, "eval_steps": 2}, (2, 4, 6)), ({"save_strategy": "epoch"}, (3, 6))],
 )
 def test_checkpoints_hold_the_average_and_the_trained_weights_lie_beside_it(tmp_path, arguments, steps):
-    model, spy = small_model(), WeightsAfterEachStep(decay=0.8)
+    model, spy = small_model(), WeightsAfterEachStep(decay=0.3)
     rows = synthetic_dataset("d1", 24, seed=0)
     trainer = train(
         model,
         tmp_path,
-        [VMDMetricsCallback(), EMACallback(decay=0.8), spy],
+        [VMDMetricsCallback(), EMACallback(decay=0.3), spy],
         rows=rows,
         max_steps=6,
         eval_strategy=arguments["save_strategy"],
@@ -437,10 +436,10 @@ def test_checkpoints_hold_the_average_and_the_trained_weights_lie_beside_it(tmp_
 
 
 def test_the_average_is_evaluated_and_does_not_touch_the_training(tmp_path):
-    plain, spy = small_model(), WeightsAfterEachStep(decay=0.8)
+    plain, spy = small_model(), WeightsAfterEachStep(decay=0.3)
     arguments = {"max_steps": 5, "eval_strategy": "steps", "eval_steps": 2}  # and nothing is saved
     train(plain, tmp_path, **arguments)
-    trainer = train(small_model(), tmp_path, [EMACallback(decay=0.8), spy], **arguments)
+    trainer = train(small_model(), tmp_path, [EMACallback(decay=0.3), spy], **arguments)
     assert_equal_weights(spy.trained[-1], parameters(plain))
     for step, loss in zip((2, 4), logged(trainer, "eval_loss"), strict=False):
         model = small_model()
@@ -480,7 +479,7 @@ def test_the_best_checkpoint_is_loaded_with_its_average(tmp_path):
 def test_a_checkpoint_of_another_folder_is_resumed_when_it_is_named(tmp_path):
     def run(folder, checkpoint=None, **arguments):
         model = small_model()
-        callbacks = [EMACallback(decay=0.8, checkpoint=checkpoint)]
+        callbacks = [EMACallback(decay=0.3, checkpoint=checkpoint)]
         train(model, folder, callbacks, save_strategy="steps", save_steps=2, **arguments)
         return weights(model)
 

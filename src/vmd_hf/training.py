@@ -124,7 +124,8 @@ class EMACallback(TrainerCallback):
     from which a resumed run goes on exactly.
 
     Args:
-        decay: In (0, 1): average = decay * average + (1 - decay) * weights, after every optimizer step.
+        decay: In (0, 1): average = decay * average + (1 - decay) * weights, after every optimizer step. After n steps
+            at most (1 + n) / (10 + n), so that the first weights are soon forgotten.
         checkpoint: The folder that training resumes from; `None`: `checkpoint-<step>` in the output folder.
 
     Raises:
@@ -153,9 +154,13 @@ class EMACallback(TrainerCallback):
             averaged.copy_(kept)
         self._average_in_model = wanted
 
+    def _update(self, averages, weights, num_averaged):
+        decay = min(self.decay, (1 + num_averaged.item()) / (10 + num_averaged.item()))
+        get_ema_multi_avg_fn(decay)(averages, weights, num_averaged)
+
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._model = model
-        self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
+        self._average = AveragedModel(model, multi_avg_fn=self._update)
         self._average_in_model = False
         if state.global_step == 0:
             return
