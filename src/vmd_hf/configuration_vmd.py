@@ -6,6 +6,7 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -66,6 +67,8 @@ class VMDConfig(PreTrainedConfig):
         mask_token_id: Id of the mask token. It never has probability.
         pad_token_id: Id of the pad token. It never has probability, unless it is also an end-of-sequence token.
         eos_token_id: Id(s) of the end-of-sequence token.
+        backbone_config: Config of a masked language model of transformers that is the denoiser in the place of this
+            package's own (see `VMDForMaskedDiffusion.from_masked_lm`); `None` for the package's own.
         tie_word_embeddings: Whether the output projection is the token embedding.
         attention_dropout, hidden_dropout: Dropout probabilities.
         norm_eps: Epsilon of the layer norms.
@@ -76,6 +79,7 @@ class VMDConfig(PreTrainedConfig):
     """
 
     model_type = "vmd"
+    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012
     keys_to_ignore_at_inference = [  # noqa: RUF012, the Trainer adds a list to it
         "reconstruction_loss",
         "kl",
@@ -111,6 +115,7 @@ class VMDConfig(PreTrainedConfig):
     mask_token_id: int | None = None
     pad_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    backbone_config: dict | PreTrainedConfig | None = None
     tie_word_embeddings: bool = True
     attention_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
@@ -127,6 +132,8 @@ class VMDConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         self.objective_steps = list(self.objective_steps)
+        if isinstance(self.backbone_config, dict):
+            self.backbone_config = AutoConfig.for_model(**self.backbone_config)
         super().__post_init__(**kwargs)
 
     @property
@@ -164,6 +171,11 @@ class VMDConfig(PreTrainedConfig):
             )
         if self.loop_loss and self.num_loops == 1:
             raise ValueError("loop_loss needs num_loops of at least 2, got 1")
+        if self.backbone_config is not None and (self.block_size is not None or self.num_loops > 1):
+            raise ValueError(
+                "a backbone reads whole sequences, once: block_size must be None and num_loops 1, got "
+                f"{self.block_size} and {self.num_loops}"
+            )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be an activation that transformers knows, got {self.hidden_act!r}")
 

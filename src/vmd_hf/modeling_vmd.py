@@ -1,10 +1,13 @@
 """Variational Masked Diffusion models (arXiv 2510.23606): backbone, latent encoder, and the model with its loss."""
 
+import copy
+import os
 import sys
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
@@ -203,7 +206,10 @@ class VMDPreTrainedModel(PreTrainedModel):
                 f"new_num_tokens must leave mask_token_id, pad_token_id and eos_token_id {ids} in the vocabulary, got "
                 f"{new_num_tokens}"
             )
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if self.config.backbone_config is not None:
+            self.config.backbone_config.vocab_size = self.config.vocab_size
+        return embeddings
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -281,7 +287,9 @@ def register_lora_targets() -> None:
     """Lets `LoraConfig()` do without target modules. At construction: PEFT may be imported after this module."""
     if (peft := sys.modules.get("peft")) is not None:
         targets = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-        targets.setdefault(VMDConfig.model_type, ["qkv_proj", "o_proj"])
+        # The package's own layers, and what a backbone may call the projections to queries and values.
+        names = ["qkv_proj", "o_proj", "query", "value", "q_lin", "v_lin", "q_proj", "v_proj", "query_proj"]
+        targets.setdefault(VMDConfig.model_type, [*names, "value_proj", "Wqkv"])
 
 
 class VMDModel(VMDPreTrainedModel):
@@ -291,6 +299,8 @@ class VMDModel(VMDPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = (r"latent_encoder\.", r"lm_head\.", r"kl_warmup_progress")
 
     def __init__(self, config: VMDConfig):
+        if config.backbone_config is not None:
+            raise ValueError("a model with a backbone_config is a VMDForMaskedDiffusion (AutoModelForMaskedLM)")
         super().__init__(config)
         self.embeddings = VMDEmbeddings(config)
         self.layers = nn.ModuleList(VMDLayer(config, index) for index in range(config.num_hidden_layers))
@@ -470,6 +480,78 @@ class VMDModel(VMDPreTrainedModel):
         return change + identity_modulation(change)
 
 
+class PassThrough(nn.Module):
+    """In an encoder's place: what comes in is what it would have put out."""
+
+    def forward(self, *args, inputs_embeds=None, **kwargs):
+        return BaseModelOutput(last_hidden_state=inputs_embeds)
+
+
+class VMDBackbone(VMDModel):
+    """The denoiser made of another masked language model of transformers. What z has to say is added to the token
+    embeddings; it is nothing as long as the weights that say it are zero."""
+
+    def __init__(self, config: VMDConfig):
+        VMDPreTrainedModel.__init__(self, config)
+        self.masked_lm = AutoModelForMaskedLM.from_config(config.backbone_config)
+        self.conditioner = VMDConditioner(config) if config.latent_size else None
+        size = config.conditioning_size, config.hidden_size
+        self.modulation = VMDZeroLinear(*size) if config.latent_size else None
+        self.latent_prior = None
+        self.rotary_emb = LlamaRotaryEmbedding(config)  # of the latent encoder
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.masked_lm.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.masked_lm.set_input_embeddings(value)
+
+    def embeddings(self, input_ids, position_ids):
+        return self.get_input_embeddings()(input_ids)
+
+    def lay_out(self, input_ids, attention_mask=None, position_ids=None) -> Layout:
+        """Rows all start at column 0, where the backbone begins to count its positions."""
+        if position_ids is not None:
+            raise ValueError("position_ids must be None with a backbone, which counts for itself")
+        layout = super().lay_out(input_ids, attention_mask)
+        if layout.real is not None:
+            layout.slots = layout.position_ids.masked_fill(~layout.real, layout.width)
+            layout.position_ids = torch.arange(layout.width, device=input_ids.device).expand_as(input_ids)
+            layout.real = layout.scatter(layout.real, False)
+        return layout
+
+    def run(
+        self, input_ids, layout, latents=None, context=None, clean=False, modulation=None, **kwargs
+    ) -> BaseModelOutputWithPast:
+        check_latents(latents, self.config, layout, len(input_ids))
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        if modulation is None and self.conditioner is not None:
+            shape = (len(input_ids), 1, self.config.latent_size)
+            latents = torch.zeros(shape, device=input_ids.device) if latents is None else latents.view(shape)
+            modulation = self.modulation_of(latents)
+        if modulation is not None:
+            inputs_embeds = inputs_embeds + modulation
+        real = None if layout.real is None else layout.real.long()
+        outputs = self.masked_lm.base_model(inputs_embeds=inputs_embeds, attention_mask=real, **kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def modulation_of(self, latents: torch.Tensor) -> torch.Tensor:
+        """What latents (batch, 1, latent_size) add to every token's embedding, (batch, 1, hidden_size)."""
+        return self.modulation(self.conditioner(latents.to(self.dtype)))
+
+    def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., hidden_size) to (..., vocab_size): the whole masked language model but for its encoder."""
+        head = copy.copy(self.masked_lm)
+        head._modules = {**self.masked_lm._modules, self.masked_lm.base_model_prefix: PassThrough()}
+        logits = head(inputs_embeds=hidden_states.flatten(0, -2)[None], return_dict=True).logits
+        return logits.view(*hidden_states.shape[:-1], -1)
+
+
 class VMDLatentEncoder(nn.Module):
     """The posterior q_phi(z | x_0, x_t): a diagonal Gaussian, from x_0 and what is masked in x_t.
 
@@ -536,22 +618,89 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
     def __init__(self, config: VMDConfig):
         super().__init__(config)
         register_lora_targets()
-        self.model = VMDModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.model = VMDModel(config) if config.backbone_config is None else VMDBackbone(config)
+        self.lm_head = None
+        if config.backbone_config is None:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        else:
+            self._tied_weights_keys = None  # the backbone's own are
         self.latent_encoder = VMDLatentEncoder(config) if config.latent_size else None
         # Training-mode forward passes so far: saved with the weights, so that a resumed run goes on warming up.
         self.register_buffer("kl_warmup_progress", torch.zeros((), dtype=torch.long))
         self.post_init()
 
+    @classmethod
+    def from_masked_lm(
+        cls,
+        model: str | os.PathLike | PreTrainedModel,
+        latent_size: int = 64,
+        mask_token_id: int | None = None,
+        **kwargs,
+    ) -> "VMDForMaskedDiffusion":
+        """A VMD around a masked language model that somebody else trained (BERT, RoBERTa, ModernBERT, ...).
+
+        Its weights are not changed, and at the start the logits are the model's own, whatever z is (but for the mask
+        and pad tokens, which have probability 0). Train it wholly, by LoRA, or with `model.model.masked_lm` frozen.
+        Whole sequences only.
+
+        Args:
+            model: The masked language model, which becomes part of this one, or its folder or Hub id.
+            latent_size: Dimensions of z.
+            mask_token_id: Default: that of the tokenizer beside the model, which must be given by its name then.
+            kwargs: Further fields of [`VMDConfig`].
+
+        Raises:
+            ValueError: for a model without an encoder and an output embedding, or without a known mask token.
+        """
+        if not isinstance(model, PreTrainedModel):
+            if mask_token_id is None:
+                mask_token_id = AutoTokenizer.from_pretrained(model).mask_token_id
+            model = AutoModelForMaskedLM.from_pretrained(model)
+        if mask_token_id is None:
+            raise ValueError("mask_token_id must be given with a model object, got None")
+        if model.base_model is model or model.get_output_embeddings() is None:
+            raise ValueError(
+                f"model must be a masked language model with an encoder and a head, got {type(model).__name__}"
+            )
+        backbone = model.config
+        width = model.get_input_embeddings().embedding_dim
+        if width != backbone.hidden_size:
+            raise ValueError(
+                "model must have token embeddings as wide as its hidden states, got "
+                f"{width} and {backbone.hidden_size} ({type(model).__name__})"
+            )
+        longest = [backbone.max_position_embeddings]
+        for name, table in model.base_model.named_modules():
+            if isinstance(table, nn.Embedding) and name.endswith("position_embeddings"):
+                offset = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from there
+                longest.append(table.num_embeddings - offset)
+        settings = {
+            "vocab_size": backbone.vocab_size,
+            "hidden_size": backbone.hidden_size,
+            "num_hidden_layers": backbone.num_hidden_layers,
+            "num_attention_heads": backbone.num_attention_heads,
+            "max_position_embeddings": min(longest),
+            "pad_token_id": backbone.pad_token_id,
+        }
+        config = VMDConfig(
+            backbone_config=backbone, latent_size=latent_size, mask_token_id=mask_token_id, **(settings | kwargs)
+        )
+        vmd = cls(config).to(device=model.device, dtype=model.dtype).train(model.training)
+        vmd.model.masked_lm = model
+        return vmd
+
     def get_output_embeddings(self):
-        return self.lm_head
+        return self.model.masked_lm.get_output_embeddings() if self.lm_head is None else self.lm_head
 
     def set_output_embeddings(self, new_embeddings):
-        self.lm_head = new_embeddings
+        if self.lm_head is None:
+            self.model.masked_lm.set_output_embeddings(new_embeddings)
+        else:
+            self.lm_head = new_embeddings
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., hidden_size) to (..., vocab_size), -inf at the tokens that may never appear."""
-        logits = self.lm_head(hidden_states)
+        logits = self.model.head(hidden_states) if self.lm_head is None else self.lm_head(hidden_states)
         for token_id in self.config.forbidden_token_ids:  # two at most
             logits[..., token_id] = -torch.inf
         return logits
@@ -757,7 +906,8 @@ def check_inputs(input_ids, attention_mask, position_ids, config):
             raise ValueError(
                 f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(value.shape)}"
             )
-    if config.position_embedding_type != "learned" and not config.position_groups:
+    has_table = config.position_embedding_type == "learned" or config.position_groups
+    if not has_table and config.backbone_config is None:
         return
     if position_ids is not None:
         longest = int(position_ids.max()) + 1

@@ -1,0 +1,222 @@
+"""VMDs around masked language models that somebody else trained."""
+
+import peft
+import pytest
+import torch
+from helpers import normal, seeded
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    BertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    EuroBertConfig,
+    ModernBertConfig,
+    RobertaConfig,
+)
+
+from vmd_hf import VMDConfig, VMDForMaskedDiffusion
+from vmd_hf.hub import export_model
+from vmd_hf.likelihood import nelbo
+
+VOCABULARY, PAD, MASK = 40, 1, 4
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 20,
+    "pad_token_id": PAD,
+}
+FAMILIES = {
+    "bert": BertConfig(**SIZES),
+    "roberta": RobertaConfig(**SIZES),
+    "distilbert": DistilBertConfig(
+        vocab_size=VOCABULARY,
+        dim=32,
+        n_layers=2,
+        n_heads=4,
+        hidden_dim=64,
+        max_position_embeddings=20,
+        pad_token_id=PAD,
+    ),
+    "modernbert": ModernBertConfig(**SIZES, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3),
+    "eurobert": EuroBertConfig(**SIZES, mask_token_id=MASK, bos_token_id=2, eos_token_id=3),
+}
+REAL = [token for token in range(VOCABULARY) if token not in (PAD, MASK)]
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(5, VOCABULARY, shape, generator=seeded(seed))
+
+
+@pytest.fixture(params=FAMILIES)
+def original(request, tmp_path):
+    """A checkpoint of somebody else's, in a folder of its own."""
+    torch.manual_seed(0)
+    folder = tmp_path / "original"
+    AutoModelForMaskedLM.from_config(FAMILIES[request.param]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(original):
+    """A VMD around it, in which z has a say."""
+    torch.manual_seed(1)
+    model = VMDForMaskedDiffusion.from_masked_lm(original, latent_size=3, mask_token_id=MASK, kl_warmup_steps=0).eval()
+    torch.nn.init.normal_(model.model.modulation.weight, std=0.3)
+    return model
+
+
+def test_at_the_start_the_logits_are_the_originals_whatever_z_is(original):
+    ids = tokens(2, 10)
+    ids[:, 3:5] = MASK
+    masked_lm = AutoModelForMaskedLM.from_pretrained(original).eval()
+    expected = masked_lm(ids).logits
+    model = VMDForMaskedDiffusion.from_masked_lm(masked_lm, latent_size=3, mask_token_id=MASK).eval()
+    assert model.model.masked_lm is masked_lm
+    for latents in (None, normal(2, 3)):
+        logits = model(ids, latents=latents).logits
+        assert torch.equal(logits[..., REAL], expected[..., REAL])
+        assert (logits[..., [PAD, MASK]] == -torch.inf).all()
+
+
+def test_saved_and_loaded_it_is_the_same(model, tmp_path):
+    ids, latents = tokens(2, 10), normal(2, 3)
+    model.save_pretrained(tmp_path / "vmd")
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "vmd").eval()
+    assert isinstance(loaded, VMDForMaskedDiffusion)
+    assert loaded.config.backbone_config.model_type == model.config.backbone_config.model_type
+    logits = model(ids, latents=latents).logits
+    assert torch.equal(loaded(ids, latents=latents).logits, logits)
+    assert not torch.allclose(model(ids).logits, logits, atol=1e-2)  # z has a say
+    embedding, output = loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight
+    assert (embedding is output) == loaded.config.backbone_config.tie_word_embeddings
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], parameter), name
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(model, side):
+    rows, latents = [tokens(7, seed=1), tokens(4, seed=2)], normal(2, 3)
+    ids, mask = torch.full((2, 7), PAD), torch.zeros(2, 7, dtype=torch.long)
+    for index, row in enumerate(rows):
+        columns = slice(7 - len(row), None) if side == "left" else slice(len(row))
+        ids[index, columns], mask[index, columns] = row, 1
+    logits = model(ids, attention_mask=mask, latents=latents).logits
+    noise = {"times": torch.tensor([0.7]), "latent_noise": normal(1, 3)}
+    for index, row in enumerate(rows):
+        alone = model(row[None], latents=latents[index : index + 1]).logits[0]
+        torch.testing.assert_close(logits[index, mask[index] == 1], alone, rtol=0, atol=1e-5)
+        draws = torch.linspace(0, 1, len(row))
+        padded_draws = torch.ones(1, 7)
+        padded_draws[:, mask[index] == 1] = draws
+        labels = ids[index].masked_fill(mask[index] == 0, -100)[None]
+        padded = {"input_ids": ids[index : index + 1], "attention_mask": mask[index : index + 1], "labels": labels}
+        one = model(**padded, position_noise=padded_draws, **noise)
+        other = model(row[None], labels=row[None], position_noise=draws[None], **noise)
+        torch.testing.assert_close(one.loss, other.loss, rtol=1e-5, atol=1e-5)
+
+
+def test_generation_fills_the_gaps_and_its_logits_are_those_of_the_masks(model):
+    ids, latents = tokens(2, 8), normal(2, 3)
+    ids[0, 2:5] = ids[1, 6] = MASK
+    output = model.generate(ids, latents=latents, num_steps=1)
+    expected = model(ids, latents=latents).logits.argmax(-1)
+    assert torch.equal(output, torch.where(ids == MASK, expected, ids))
+
+
+def test_the_likelihood_bound_is_that_of_its_logits(original):
+    """Without a latent and in one step: the cross-entropy of everything at once."""
+    model = VMDForMaskedDiffusion.from_masked_lm(original, latent_size=0, mask_token_id=MASK).eval()
+    ids = tokens(3, 6)
+    logits = model(torch.full_like(ids, MASK)).logits
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none").sum(-1)
+    bound = nelbo(model, ids, bound="per_step", num_steps=1)
+    torch.testing.assert_close(bound.nelbo, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_latent_path_trains_with_the_original_frozen(model):
+    model.train().model.masked_lm.requires_grad_(False)
+    ids = tokens(4, 8)
+    model(ids, labels=ids).loss.backward()
+    trained = {
+        name.split(".")[0 if name.startswith("latent") else 1]
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+    assert trained == {"latent_encoder", "conditioner", "modulation"}
+
+
+def test_low_rank_adapters_need_no_target_modules_and_merge(model):
+    adapted = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False)).eval()
+    names = [name for name, _ in adapted.named_parameters() if "lora_A" in name and "masked_lm" in name]
+    assert len(names) >= 2 and all("layer" in name for name in names)
+    ids, latents = tokens(2, 6), normal(2, 3)
+    logits = adapted(ids, latents=latents).logits
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(ids, latents=latents).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_exported_folder_loads_with_its_code(model, tmp_path):
+    export_model(model, tmp_path / "export")
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "export", trust_remote_code=True).eval()
+    ids, latents = tokens(2, 6), normal(2, 3)
+    assert torch.equal(loaded(ids, latents=latents).logits, model(ids, latents=latents).logits)
+
+
+def test_the_vocabulary_may_grow(model):
+    ids = tokens(2, 6)
+    before = model(ids).logits
+    model.resize_token_embeddings(VOCABULARY + 5)
+    assert model.config.vocab_size == model.config.backbone_config.vocab_size == VOCABULARY + 5
+    after = model(ids).logits
+    assert after.shape == (2, 6, VOCABULARY + 5)
+    torch.testing.assert_close(after[..., REAL], before[..., REAL])
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def bert(**changes):
+    return AutoModelForMaskedLM.from_config(BertConfig(**(SIZES | changes)))
+
+
+def test_a_model_object_needs_its_mask_token():
+    with pytest.raises(ValueError, match=r"mask_token_id must be given.*None"):
+        VMDForMaskedDiffusion.from_masked_lm(bert())
+
+
+def test_models_without_an_encoder_or_a_head_are_errors():
+    for model in (bert().base_model, AutoModel.from_config(FAMILIES["modernbert"])):
+        with pytest.raises(ValueError, match="model must be a masked language model"):
+            VMDForMaskedDiffusion.from_masked_lm(model, mask_token_id=MASK)
+    electra = AutoModelForMaskedLM.from_config(ElectraConfig(**SIZES, embedding_size=16))
+    with pytest.raises(ValueError, match=r"token embeddings as wide as its hidden states.*16 and 32"):
+        VMDForMaskedDiffusion.from_masked_lm(electra, mask_token_id=MASK)
+
+
+@pytest.mark.parametrize("settings", [{"block_size": 2}, {"num_loops": 2}])
+def test_a_backbone_with_blocks_or_loops_is_an_error(settings):
+    with pytest.raises(ValueError, match="a backbone reads whole sequences, once"):
+        VMDForMaskedDiffusion.from_masked_lm(bert(), mask_token_id=MASK, **settings)
+
+
+def test_sequences_beyond_its_position_table_and_given_positions_are_errors():
+    model = VMDForMaskedDiffusion.from_masked_lm(
+        AutoModelForMaskedLM.from_config(FAMILIES["roberta"]), latent_size=2, mask_token_id=MASK
+    )
+    assert model.config.max_position_embeddings == 18  # RoBERTa's table begins after the pad token's id
+    model(tokens(1, 18))
+    with pytest.raises(ValueError, match="at most max_position_embeddings = 18"):
+        model(tokens(1, 19))
+    with pytest.raises(ValueError, match="position_ids must be None with a backbone"):
+        model(tokens(1, 4), position_ids=torch.arange(4)[None])
+
+
+def test_the_bare_model_class_says_what_to_load(tmp_path):
+    VMDForMaskedDiffusion.from_masked_lm(bert(), latent_size=2, mask_token_id=MASK).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="VMDForMaskedDiffusion"):
+        AutoModel.from_pretrained(tmp_path)
+    assert VMDConfig.from_pretrained(tmp_path).backbone_config.hidden_size == 32
