@@ -15,7 +15,7 @@ import yaml
 from matplotlib.image import imread
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from vmd_hf.data.sudoku import solve_puzzles
+from vmd_hf.data.sudoku import format_boards, generate_puzzles, solve_puzzles
 
 SCRIPTS = Path(train_vmd.__file__).parent
 
@@ -135,6 +135,16 @@ def test_clues_that_leave_many_solutions(num_clues):
     assert puzzles.shape == (20, 81) and ((puzzles > 0).sum(1) == num_clues).all()
     assert (solve_puzzles(puzzles, limit=100)[0] == 100).all()
     assert len(np.unique(puzzles, axis=0)) == (20 if num_clues else 1)
+
+
+def test_puzzles_of_a_file_are_taken_evenly(tmp_path):
+    puzzles, solutions = generate_puzzles(10, 40, seed=0)
+    lines = [",".join(pair) for pair in zip(format_boards(puzzles), format_boards(solutions), strict=True)]
+    (tmp_path / "puzzles.csv").write_text("\n".join(["puzzle,solution", *lines]) + "\n")
+    for count, rows in ((5, [0, 2, 4, 6, 8]), (4, [0, 2, 5, 7]), (99, list(range(10)))):
+        arguments = evaluate_vmd.EvaluationArguments(puzzles=str(tmp_path / "puzzles.csv"), num_puzzles=count)
+        table = evaluate_vmd.puzzles_to_solve(arguments)
+        assert np.array_equal(table.puzzles, puzzles[rows]) and np.array_equal(table.solutions, solutions[rows])
 
 
 def test_a_sudoku_model_is_trained_evaluated_drawn_and_draws_its_board(tmp_path, capsys):

@@ -74,7 +74,7 @@ class EvaluationArguments:
     num_texts: int = field(default=32, metadata={"help": "Texts to sample."})
     num_eval_rows: int = 1000
     puzzles: str | None = field(default=None, metadata={"help": "File of Sudoku puzzles; default: new ones."})
-    num_puzzles: int = field(default=1000, metadata={"help": "New puzzles to make, or the first ones of the file."})
+    num_puzzles: int = field(default=1000, metadata={"help": "New puzzles to make, or taken evenly from the file."})
     min_clues: int = 31
     max_clues: int = 36
     num_clues: list[int] = field(
@@ -152,7 +152,8 @@ def puzzles_to_solve(args: EvaluationArguments) -> PuzzleTable:
         )
         return PuzzleTable(puzzles, solutions, {})
     table = read_puzzles(args.puzzles)
-    chosen = slice(args.num_puzzles)
+    count = len(table.puzzles)
+    chosen = np.arange(min(args.num_puzzles, count)) * count // min(args.num_puzzles, count)  # files may be sorted
     solutions = solve_puzzles(table.puzzles[chosen])[1] if table.solutions is None else table.solutions[chosen]
     extras = {name: values[chosen] for name, values in table.extras.items()}
     return PuzzleTable(table.puzzles[chosen], solutions, extras)
