@@ -603,8 +603,11 @@ def test_a_row_with_an_end_of_sequence_is_padded_after_it_and_takes_no_more_pass
     expected = plain[:3] + new[:end] + [PAD] * (10 - end)
     ends_of_blocks = [stop for stop in (1, 5, 9, 10) if stop >= end]
     with recorded(model) as record:
-        output = model.generate(*padded(prompts), latents=latents, eos_token_id=EOS, **settings, **cache)
+        output = model.generate(
+            *padded(prompts), latents=latents, eos_token_id=EOS, output_history=True, **settings, **cache
+        )
     assert output.num_forward_passes.tolist() == [ends_of_blocks[0], 10, 10]
+    assert torch.equal(output.history[-1], output.sequences)
     assert sum(record.rows) == 20 + ends_of_blocks[0]
     assert last_columns(output.sequences, [13, 15, 12]) == [
         expected,

@@ -715,7 +715,7 @@ class VMDGenerationMixin:
         """Counts, and shows the sequences to whoever wants them."""
         state.num_forward_passes[active] += 1
         if state.config.output_history:
-            state.history.append(state.canvas.sequences())
+            state.history.append(state.sequences())
         if state.stopping_criteria is not None:
             sequences = state.canvas.sequences()
             state.stopped |= state.stopping_criteria(sequences, None)
