@@ -10,6 +10,7 @@ of each is taken.
 """
 
 import argparse
+import ctypes
 import multiprocessing
 import statistics
 import time
@@ -108,6 +109,15 @@ def peak_memory(step: Callable, settings: dict, shape: tuple[int, int]) -> float
     process.start()
     process.join()
     return receiver.recv()
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what is freed: otherwise large tensors are new pages every time, and the page faults, which do
+    not run in parallel, are timed with the model."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def matmul_peak(size: int = 2048, repeats: int = 10) -> float:
@@ -256,6 +266,7 @@ def main() -> None:
     parser.add_argument("--subjects", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
+    keep_freed_memory()
     table = Comparison(options.repeats)
     for subject in options.subjects:
         SUBJECTS[subject](table)
