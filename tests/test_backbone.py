@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from helpers import normal, seeded
+from helpers import normal, padded, seeded
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -100,10 +100,7 @@ def test_saved_and_loaded_it_is_the_same(model, tmp_path):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(model, side):
     rows, latents = [tokens(7, seed=1), tokens(4, seed=2)], normal(2, 3)
-    ids, mask = torch.full((2, 7), PAD), torch.zeros(2, 7, dtype=torch.long)
-    for index, row in enumerate(rows):
-        columns = slice(7 - len(row), None) if side == "left" else slice(len(row))
-        ids[index, columns], mask[index, columns] = row, 1
+    ids, mask = padded([row.tolist() for row in rows], side, fill=PAD)
     logits = model(ids, attention_mask=mask, latents=latents).logits
     noise = {"times": torch.tensor([0.7]), "latent_noise": normal(1, 3)}
     for index, row in enumerate(rows):
@@ -113,8 +110,8 @@ def test_padding_changes_nothing(model, side):
         padded_draws = torch.ones(1, 7)
         padded_draws[:, mask[index] == 1] = draws
         labels = ids[index].masked_fill(mask[index] == 0, -100)[None]
-        padded = {"input_ids": ids[index : index + 1], "attention_mask": mask[index : index + 1], "labels": labels}
-        one = model(**padded, position_noise=padded_draws, **noise)
+        batch = {"input_ids": ids[index : index + 1], "attention_mask": mask[index : index + 1], "labels": labels}
+        one = model(**batch, position_noise=padded_draws, **noise)
         other = model(row[None], labels=row[None], position_noise=draws[None], **noise)
         torch.testing.assert_close(one.loss, other.loss, rtol=1e-5, atol=1e-5)
 

@@ -98,6 +98,10 @@ def draw_samples(
     )
 
 
+def sampler_label(sampler: str, model: PreTrainedModel) -> str:
+    return sampler if model.config.latent_size else sampler.replace("one z kept", "no z")
+
+
 def evaluate_synthetic(
     model: PreTrainedModel, args: EvaluationArguments
 ) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
@@ -110,7 +114,7 @@ def evaluate_synthetic(
                 continue  # nothing to resample: the sampler is the one that keeps z
             settings = {**settings, "num_steps": num_steps}
             samples = draw_samples(model, target.dim(), args.num_samples, args.seed, args.batch_size, **settings)
-            label = sampler if model.config.latent_size else sampler.replace("one z kept", "no z")
+            label = sampler_label(sampler, model)
             yield {"num_steps": num_steps, "sampler": label, **joint_metrics(samples, target)}, samples
 
 
@@ -165,25 +169,32 @@ def share(solved: np.ndarray) -> dict[str, float]:
     return {"puzzles": len(solved), "solved": float(solved.mean()), "low": interval.low, "high": interval.high}
 
 
+def board_ids(boards: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """(n, 81) boards to (n, 81) int64 tokens, masks for empty cells."""
+    return tokenizer(format_boards(boards), return_tensors="pt")["input_ids"]
+
+
+def fill_boards(model: PreTrainedModel, ids: torch.Tensor, args: EvaluationArguments, **settings: Any) -> torch.Tensor:
+    """(n, 81) int64 tokens without masks, in batches, from the seed."""
+    generator = torch.Generator().manual_seed(args.seed)
+    title = f"{settings['remasking']}, {settings['num_steps']}"
+    batches = tqdm(ids.split(args.batch_size), desc=title, leave=False, disable=None)
+    return torch.cat([model.generate(batch, generator=generator, **settings) for batch in batches])
+
+
 def evaluate_sudoku(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Shares of puzzles solved for each rule and number of steps; and, of the last of these, by what is known of the
     puzzles."""
     table = puzzles_to_solve(args)
-    puzzles, solutions = (
-        tokenizer(format_boards(boards), return_tensors="pt")["input_ids"]
-        for boards in (table.puzzles, table.solutions)
-    )
+    puzzles, solutions = (board_ids(boards, tokenizer) for boards in (table.puzzles, table.solutions))
     model.eval()
     results = []
     for remasking in args.remasking:
         for num_steps in args.num_steps:
-            generator = torch.Generator().manual_seed(args.seed)
             start = time.perf_counter()
-            batches = tqdm(puzzles.split(args.batch_size), desc=f"{remasking}, {num_steps}", leave=False, disable=None)
-            settings = {"num_steps": num_steps, "remasking": remasking, "generator": generator}
-            found = torch.cat([model.generate(batch, **settings) for batch in batches])
+            found = fill_boards(model, puzzles, args, num_steps=num_steps, remasking=remasking)
             seconds = time.perf_counter() - start
             solved = (found == solutions).all(-1).numpy()
             results.append(
@@ -217,23 +228,20 @@ def evaluate_boards(
     model.eval()
     for num_clues in args.num_clues:
         puzzles = puzzles_with_many_solutions(max(args.num_puzzles // tries, 1), num_clues, args.seed).repeat(tries, 0)
-        masks = tokenizer(format_boards(puzzles), return_tensors="pt")["input_ids"]
+        masks = board_ids(puzzles, tokenizer)
         for remasking in args.remasking:
             for num_steps in args.num_steps:
                 for sampler, settings in SAMPLERS.items():
                     if "argmax" in sampler or (settings["resample_latents"] and model.config.latent_size == 0):
                         continue
-                    generator = torch.Generator().manual_seed(args.seed)
-                    settings = {**settings, "num_steps": num_steps, "remasking": remasking, "generator": generator}
-                    batches = tqdm(masks.split(args.batch_size), desc=f"{num_clues}, {num_steps}", disable=None)
-                    ids = torch.cat([model.generate(batch, **settings) for batch in batches])
+                    ids = fill_boards(model, masks, args, num_steps=num_steps, remasking=remasking, **settings)
                     boards = np.stack([parse_board(text) for text in tokenizer.batch_decode(ids)])
                     valid = valid_boards(boards)
                     yield {
                         "clues": num_clues,
                         "remasking": remasking,
                         "num_steps": num_steps,
-                        "sampler": sampler if model.config.latent_size else sampler.replace("one z kept", "no z"),
+                        "sampler": sampler_label(sampler, model),
                         **share(valid),
                         "valid_units": float(group_validity(boards).mean()),
                         "distinct": len(np.unique(boards, axis=0)),

@@ -714,13 +714,13 @@ class VMDGenerationMixin:
     def _after_step(self, state: GenerationState, active: torch.Tensor) -> None:
         """Counts, and shows the sequences to whoever wants them."""
         state.num_forward_passes[active] += 1
-        if state.config.output_history:
-            state.history.append(state.sequences())
         if state.stopping_criteria is not None:
-            sequences = state.canvas.sequences()
-            state.stopped |= state.stopping_criteria(sequences, None)
-        if state.streamer is not None:
+            state.stopped |= state.stopping_criteria(state.canvas.sequences(), None)
+        if state.config.output_history or state.streamer is not None:
             sequences = state.sequences()
+        if state.config.output_history:
+            state.history.append(sequences)
+        if state.streamer is not None:
             state.streamer.draft(sequences)
             if state.config.corrector is None:  # with one, nothing is final before its block is
                 state.streamer.put(sequences, state.canvas.open_columns())

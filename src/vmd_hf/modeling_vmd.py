@@ -409,11 +409,8 @@ class VMDModel(VMDPreTrainedModel):
 
         `past_key_values` of the output are those of the clean tokens read in this pass: a tuple for each layer.
         """
-        check_latents(latents, self.config, layout, len(input_ids))
-        if modulation is None and self.conditioner is not None and not clean:
-            shape = (len(input_ids), layout.num_blocks, self.config.latent_size)
-            latents = torch.zeros(shape, device=input_ids.device) if latents is None else latents.view(shape)
-            modulation = self.modulation_of(latents)
+        if modulation is None and not clean:
+            modulation = self.modulation_by(latents, layout, len(input_ids))
         context = context or CleanContext()
         position_ids, num_new = layout.position_ids, 0
         if context.input_ids is not None:
@@ -472,6 +469,16 @@ class VMDModel(VMDPreTrainedModel):
                 new.append(tuple(part[:, :, :num_new] for part in own))
         return hidden_states, new
 
+    def modulation_by(self, latents: torch.Tensor | None, layout: Layout, batch_size: int) -> torch.Tensor | None:
+        """`modulation_of` latents as `forward` takes them (default: zeros); `None` for a model without a latent."""
+        check_latents(latents, self.config, layout, batch_size)
+        if self.conditioner is None:
+            return None
+        shape = (batch_size, layout.num_blocks, self.config.latent_size)
+        if latents is None:
+            latents = torch.zeros(shape, device=layout.position_ids.device)
+        return self.modulation_of(latents.view(shape))
+
     def modulation_of(self, latents: torch.Tensor) -> torch.Tensor:
         """What latents (batch, N, latent_size) do to the layers, (batch, N, layers, 6, hidden_size): computed once, it
         may be given to many passes."""
@@ -524,12 +531,9 @@ class VMDBackbone(VMDModel):
     def run(
         self, input_ids, layout, latents=None, context=None, clean=False, modulation=None, **kwargs
     ) -> BaseModelOutputWithPast:
-        check_latents(latents, self.config, layout, len(input_ids))
         inputs_embeds = self.get_input_embeddings()(input_ids)
-        if modulation is None and self.conditioner is not None:
-            shape = (len(input_ids), 1, self.config.latent_size)
-            latents = torch.zeros(shape, device=input_ids.device) if latents is None else latents.view(shape)
-            modulation = self.modulation_of(latents)
+        if modulation is None:
+            modulation = self.modulation_by(latents, layout, len(input_ids))
         if modulation is not None:
             inputs_embeds = inputs_embeds + modulation
         real = None if layout.real is None else layout.real.long()
