@@ -59,6 +59,7 @@ class ModelArguments:
     num_latent_encoder_layers: int = 1
     objective: Literal["vmd", "per_sample", "per_step"] = "vmd"
     objective_steps: list[int] = field(default_factory=lambda: [1, 2, 4])
+    objective_draws: int = field(default=1, metadata={"help": "Draws of z under the logarithm of the loss (IWAE)."})
     kl_weight: float = 1.0
     kl_warmup_ratio: float = field(default=0.5, metadata={"help": "Share of training over which the KL term grows."})
     free_bits: float = 0.0
@@ -136,6 +137,7 @@ def build_model(
         "loop_loss": args.loop_loss,
         "objective": args.objective,
         "objective_steps": args.objective_steps,
+        "objective_draws": args.objective_draws,
         "kl_weight": args.kl_weight,
         "kl_warmup_steps": round(args.kl_warmup_ratio * num_training_forwards),
         "free_bits": args.free_bits,

@@ -58,6 +58,11 @@ class VMDConfig(PreTrainedConfig):
         objective: `"vmd"` (the paper's, default), `"per_sample"` or `"per_step"`: see [`VMDForMaskedDiffusion`].
         objective_steps: Numbers of sampling steps that `per_sample` and `per_step` train for; one is drawn for
             each row.
+        objective_draws: Draws of z under the logarithm of the loss: `-log 1/K sum_k p(x | z_k) p(z_k) / q(z_k)` for
+            the tokens that are predicted now, in place of `R + KL`, which is the case of one (IWAE, arXiv
+            1509.00519). Several make up for a true posterior that is no Gaussian, and cost a pass of the denoiser
+            each. Under `per_sample` with `objective_steps=(1,)` only: a single random step may not stand in a
+            logarithm.
         kl_weight: Weight (beta) of the KL term.
         kl_warmup_steps: Training-mode forward passes over which the weight of the KL term grows from 0 to
             `kl_weight`, as the cube of their share. Without it the posterior tends to collapse. 0 turns it off.
@@ -108,6 +113,7 @@ class VMDConfig(PreTrainedConfig):
     prior: Literal["standard", "learned"] = "standard"
     objective: Literal["vmd", "per_sample", "per_step"] = "vmd"
     objective_steps: list[int] | tuple[int, ...] = (1, 2, 4)
+    objective_draws: int = 1
     kl_weight: float | int = 1.0
     kl_warmup_steps: int = 1000
     free_bits: float | int = 0.0
@@ -194,6 +200,15 @@ class VMDConfig(PreTrainedConfig):
             raise ValueError(
                 f"objective_steps must be one or more numbers of at least 1, got {list(self.objective_steps)}"
             )
+        if self.objective_draws < 1:
+            raise ValueError(f"objective_draws must be at least 1, got {self.objective_draws}")
+        if self.objective_draws > 1 and self.objective == "per_sample" and set(self.objective_steps) != {1}:
+            raise ValueError(
+                "objective_draws above 1 need objective_steps (1,) under per_sample, got "
+                f"{self.objective_draws} and {list(self.objective_steps)}"
+            )
+        if self.objective_draws > 1 and self.free_bits:
+            raise ValueError(f"free_bits must be 0 with objective_draws above 1, got {self.free_bits}")
         for name in ("kl_weight", "kl_warmup_steps", "free_bits", "initializer_range"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")

@@ -758,7 +758,7 @@ class VMDGenerationMixin:
         if config.guidance_scale is not None:
             given = canvas.given[rows[:, None], canvas.columns(block, 1)]
             inputs = torch.cat([tokens, tokens.masked_fill(given, self.config.mask_token_id)])
-            layout = layout.twice()
+            layout = layout.select(torch.arange(len(tokens), device=tokens.device).repeat(2))
             modulation = None if modulation is None else torch.cat([modulation, modulation])
         outputs = self.model(inputs, layout=layout, modulation=modulation, context=context, return_dict=True)
         if state.reader is not None:

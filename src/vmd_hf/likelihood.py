@@ -26,7 +26,7 @@ from .generation_vmd import Generators, check_generators, draw
 from .masking_vmd import CleanContext, Layout
 from .modeling_vmd import VMDForMaskedDiffusion, check_labels, last_before_blocks
 from .noise_vmd import Corruption, num_revealed, step_schedule
-from .objective_vmd import gaussian_kl, row_cross_entropy
+from .objective_vmd import draw_latents, gaussian_kl, row_cross_entropy
 
 Bound = Literal["per_sample", "per_step"]
 
@@ -220,23 +220,6 @@ class _Problem:
         """(batch,) bool: whether a row's value depends on what is drawn."""
         return (self.row_steps > (0 if self.model.config.latent_size else 1)).any(-1)
 
-    def layout_of(self, rows: torch.Tensor) -> Layout:
-        position_ids, real, document = (
-            value if value is None or len(value) == 1 else value[rows]
-            for value in (self.layout.position_ids, self.layout.real, self.layout.document)
-        )
-        position_ids = position_ids.expand(len(rows), -1)
-        real = None if real is None else real.expand(len(rows), -1)
-        return Layout(self.layout.num_blocks, self.layout.width, position_ids, real, document)
-
-    def context_of(self, rows: torch.Tensor) -> CleanContext | None:
-        if self.context is None:
-            return None
-        return CleanContext(
-            keys_values=[tuple(part[rows] for part in pair) for pair in self.context.keys_values],
-            read=self.context.read.map(lambda value: value if len(value) == 1 else value[rows]),
-        )
-
 
 @dataclass
 class _Noise:
@@ -343,7 +326,7 @@ def _encode(problem: _Problem, rows, masked, revealed) -> tuple[torch.Tensor, to
     Any posterior gives a bound; this is the one that the model's objective has trained. Where that was not told of
     single steps (`vmd`, `per_sample`), it is not now: the flag of a token that stays masked has never been learned.
     """
-    model, layout = problem.model, problem.layout_of(rows)
+    model, layout = problem.model, problem.layout.select(rows)
     if model.config.objective == "vmd":
         revealed = masked
     clean, maskable, masked, revealed = (
@@ -360,10 +343,9 @@ def _sample(problem: _Problem, rows, mean, log_variance, epsilon):
     log p(z) - log q(z), (states, num_samples, N)."""
     prior = tuple(part[rows] for part in problem.prior or ())
     kl = gaussian_kl(mean, log_variance, *prior).sum(-1)
-    latents = mean[:, None] + (0.5 * log_variance[:, None]).exp() * epsilon
-    prior_mean, prior_log_variance = prior or (torch.zeros_like(mean), torch.zeros_like(mean))
-    standardised = (latents - prior_mean[:, None]) * (-0.5 * prior_log_variance[:, None]).exp()
-    log_ratio = 0.5 * (epsilon.square() - standardised.square() + (log_variance - prior_log_variance)[:, None])
+    latents, log_ratio = draw_latents(
+        mean[:, None], log_variance[:, None], epsilon, *(part[:, None] for part in prior)
+    )
     return latents, kl, log_ratio.sum(-1)
 
 
@@ -379,8 +361,8 @@ def _cross_entropy(problem: _Problem, rows, masked, revealed, latents, num_sampl
         outputs = model.model(
             x_t[state],
             latents=None if latents is None else latents[chunk],
-            layout=problem.layout_of(rows[state]),
-            context=problem.context_of(rows[state]),
+            layout=problem.layout.select(rows[state]),
+            context=None if problem.context is None else problem.context.select(rows[state]),
             return_dict=True,
         )
         hidden_states = outputs.last_hidden_state.unflatten(1, masked.shape[1:])

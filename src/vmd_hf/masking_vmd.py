@@ -121,12 +121,14 @@ class Layout:
         slots = self.slots.clamp(max=self.num_blocks * self.width - 1)
         return grid.take_along_dim(slots.view(*slots.shape, *[1] * (grid.dim() - 2)), dim=1)
 
-    def twice(self) -> "Layout":
-        """For a batch that is its own repetition."""
+    def select(self, rows: torch.Tensor) -> "Layout":
+        """The layout on the grid of a batch that is made of these rows (int64, any number of times each)."""
         parts = (self.position_ids, self.real, self.document, self.first_block)
         position_ids, real, document, first_block = (
-            torch.cat([part, part]) if isinstance(part, torch.Tensor) else part for part in parts
+            part[rows] if isinstance(part, torch.Tensor) and len(part) > 1 else part for part in parts
         )
+        position_ids = position_ids.expand(len(rows), -1)
+        real = None if real is None else real.expand(len(rows), -1)
         return Layout(self.num_blocks, self.width, position_ids, real, document, None, first_block)
 
     def units(self, grid: torch.Tensor) -> torch.Tensor:
@@ -212,6 +214,13 @@ class CleanContext:
     input_ids: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     new: Places | None = None
+
+    def select(self, rows: torch.Tensor) -> "CleanContext":
+        """What was read, for a batch that is made of these rows (int64, any number of times each)."""
+        return CleanContext(
+            keys_values=[tuple(part[rows] for part in pair) for pair in self.keys_values],
+            read=self.read.map(lambda value: value if len(value) == 1 else value[rows]),
+        )
 
     def without_new(self) -> "CleanContext":
         return CleanContext(keys_values=self.keys_values, read=self.read)

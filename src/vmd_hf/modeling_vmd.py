@@ -1,6 +1,7 @@
 """Variational Masked Diffusion models (arXiv 2510.23606): backbone, latent encoder, and the model with its loss."""
 
 import copy
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from .configuration_vmd import VMDConfig
 from .generation_vmd import VMDGenerationConfig, VMDGenerationMixin
 from .masking_vmd import CleanContext, Layout, block_attention_mask, join_places, lay_out_blocks, row_positions
 from .noise_vmd import Corruption, corrupt_at_time, corrupt_before_step, hashed_noise, stratified_uniform
-from .objective_vmd import gaussian_kl, row_cross_entropy
+from .objective_vmd import draw_latents, gaussian_kl, row_cross_entropy
 
 VISIBLE, REVEALED_NOW, STILL_MASKED = 0, 1, 2  # what the latent encoder is told of each token
 
@@ -34,7 +35,8 @@ class VMDMaskedDiffusionOutput(ModelOutput):
 
     Attributes:
         loss: Scalar, `reconstruction_loss + kl_weight * kl`, nats a labelled token. With labels only. (In training
-            mode the KL term also carries warm-up and free bits.)
+            mode the KL term also carries warm-up and free bits. With several `objective_draws` the loss is lower: it
+            has the logarithm of their mean, and the terms are still reported as means over them.)
         logits: (batch, length, vocabulary). Without labels only.
         reconstruction_loss: Scalar, the weighted cross-entropy R of the masked tokens over the number of labelled
             tokens.
@@ -738,7 +740,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             position_noise: (batch, length) float. A token is masked where it is below t; under the few-step
                 objectives it ranks the order of revealing. To give a mask itself: 0 where masked, 1 elsewhere.
             latent_noise: (batch, latent_size), with blocks (batch, blocks, latent_size), float, standard normal:
-                z = mean + std * latent_noise.
+                z = mean + std * latent_noise. With several `objective_draws` they are the dimension before the last.
             num_items_in_batch: Labelled tokens over which the loss is averaged; default: those of this batch.
 
         Raises:
@@ -781,40 +783,58 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         per_latent = (len(clean),) if self.config.block_size is None else (len(clean), layout.num_blocks)
         if self.latent_encoder is not None:
             q_mean, q_log_variance = self.encode(clean, layout, maskable, corruption, before)
-            latents = (q_mean + (0.5 * q_log_variance).exp() * noise[2]).view(*per_latent, -1)
             prior = () if self.model.latent_prior is None else self.model.latent_prior(before)
             kl_elements = gaussian_kl(q_mean, q_log_variance, *prior)  # (units, latent_size)
             kl_elements = kl_elements * corruption.revealed.any(-1, keepdim=True)
+            mean, log_variance, *prior = (part[:, None] for part in (q_mean, q_log_variance, *prior))
+            latents, log_ratio = draw_latents(mean, log_variance, noise[2], *prior)  # (units, draws, latent_size)
+            latents = latents.unflatten(0, (len(clean), -1)).transpose(1, 2).flatten(0, 1)  # (rows * draws, N, size)
+            latents = latents.view(-1, *per_latent[1:], self.config.latent_size)
 
         x_t = units.masked_fill(corruption.masked, self.config.mask_token_id).view_as(clean)
+        targets, revealed, draws_layout = clean, corruption.revealed.view_as(clean), layout
+        num_draws = self.config.objective_draws if self.config.latent_size else 1
+        if num_draws > 1:
+            rows = torch.arange(len(clean), device=clean.device).repeat_interleave(num_draws)
+            x_t, targets, revealed, draws_layout = x_t[rows], clean[rows], revealed[rows], layout.select(rows)
+            context = None if context is None else context.select(rows)
         loop_loss = self.config.loop_loss and self.training
         if loop_loss:
             kwargs["output_hidden_states"] = True
-        outputs = self.model(x_t, latents=latents, layout=layout, context=context, return_dict=True, **kwargs)
+        outputs = self.model(x_t, latents=latents, layout=draws_layout, context=context, return_dict=True, **kwargs)
         num_items = maskable.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         num_items = num_items.clamp(min=1)
-        unit, column = corruption.revealed.nonzero(as_tuple=True)
+        weight = corruption.weight / num_items
+        places = revealed.nonzero(as_tuple=True)
+        unit = places[0] * layout.num_blocks + places[1] // layout.width
 
-        def reconstruct(hidden_states):
-            logits = self.compute_logits(layout.units(hidden_states)[unit, column])
-            reconstruction = row_cross_entropy(logits, units[unit, column], unit, len(units))
-            return (corruption.weight * reconstruction).sum() / num_items
+        def reconstruct(hidden_states):  # (units, draws)
+            logits = self.compute_logits(hidden_states[places])
+            losses = row_cross_entropy(logits, targets[places], unit, num_draws * len(units))
+            return losses.view(len(clean), num_draws, -1).transpose(1, 2).flatten(0, 1)
 
-        reconstruction_loss = reconstruct(outputs.last_hidden_state)
+        reconstruction = reconstruct(outputs.last_hidden_state)
+        reconstruction_loss = (weight * reconstruction.mean(-1)).sum()
         kl, kl_loss = self._kl_terms(kl_elements, corruption, num_items)
-        loss = reconstruction_loss + kl_loss
+        if num_draws == 1:
+            loss = reconstruction_loss + self._kl_weight() * kl_loss
+        else:
+            log_ratio = log_ratio.sum(-1) * corruption.revealed.any(-1, keepdim=True)
+            evidence = self._kl_weight() * log_ratio - reconstruction  # (units, draws)
+            loss = (weight * (math.log(num_draws) - evidence.logsumexp(-1))).sum()
         if loop_loss:
             num_layers = self.config.num_hidden_layers
             earlier = outputs.hidden_states[num_layers:-1:num_layers]  # of [clean tokens, grid], before the norm
             norm = self.model.norm
-            loss = loss + sum(reconstruct(norm(state[:, -clean.shape[1] :])) for state in earlier) / len(earlier)
+            reconstructions = [reconstruct(norm(state[:, -clean.shape[1] :])).mean(-1) for state in earlier]
+            loss = loss + (weight * sum(reconstructions)).sum() / len(earlier)
         return VMDMaskedDiffusionOutput(
             loss=loss,
             reconstruction_loss=reconstruction_loss.detach(),
             kl=kl.detach(),
             kl_per_latent=None if kl_elements is None else kl_elements.sum(-1).detach().view(per_latent),
             posterior_mean=None if q_mean is None else q_mean.detach().view(*per_latent, -1),
-            hidden_states=gather_hidden_states(outputs.hidden_states, layout),
+            hidden_states=gather_hidden_states(outputs.hidden_states, draws_layout),
             attentions=outputs.attentions,
         )
 
@@ -842,14 +862,16 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         return self.latent_encoder(embeddings, masked, revealed, context, before)
 
     def _draw_noise(self, units, layout):
+        per_unit = self.config.objective_draws, self.config.latent_size
         if not self.training:
             real = None if layout.real is None else layout.units(layout.real)
-            return hashed_noise(units, real, layout.units(layout.position_ids), self.config.latent_size)
+            noise = hashed_noise(units, real, layout.units(layout.position_ids), math.prod(per_unit))
+            return *noise[:2], noise[2].view(len(units), *per_unit)
         device = units.device
         return (
             stratified_uniform(len(units), device),
             torch.rand(units.shape, device=device),
-            torch.randn(len(units), self.config.latent_size, device=device),
+            torch.randn(len(units), *per_unit, device=device),
         )
 
     def _corrupt(self, maskable, times, position_noise, latent_noise) -> Corruption:
@@ -858,22 +880,25 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         return corrupt_before_step(maskable, times, position_noise, self.config.objective_steps)
 
     def _kl_terms(self, kl_elements, corruption, num_items):
-        """The KL term as it is, and as it enters the loss: weighted, and in training warmed up and with free bits."""
+        """The KL term as it is, and in training with free bits."""
         if kl_elements is None:
-            zero = corruption.weight.new_zeros(())
-            return zero, zero
+            return corruption.weight.new_zeros(2)
         weight = torch.ones_like(corruption.weight) if self.config.objective == "per_sample" else corruption.weight
-        kl = (weight * kl_elements.sum(-1)).sum() / num_items
-        beta = self.config.kl_weight
-        if not self.training:
-            return kl, beta * kl
+        weight = weight / num_items
+        kl = (weight * kl_elements.sum(-1)).sum()
+        if not (self.training and self.config.free_bits):
+            return kl, kl
         free = self.config.free_bits * corruption.revealed.any(-1, keepdim=True)
-        kl_loss = (weight * kl_elements.maximum(free).sum(-1)).sum() / num_items if self.config.free_bits else kl
-        if self.config.kl_warmup_steps:
+        return kl, (weight * kl_elements.maximum(free).sum(-1)).sum()
+
+    def _kl_weight(self) -> float | torch.Tensor:
+        """Weight of the KL term; in training it warms up, and a call counts as a step of it."""
+        beta = self.config.kl_weight
+        if self.training and self.config.kl_warmup_steps and self.config.latent_size:
             self.kl_warmup_progress += 1
             # Cubic: the latent is learned while it is almost free. Under a linear one part of it is given up early.
             beta = beta * (self.kl_warmup_progress / self.config.kl_warmup_steps).clamp(max=1) ** 3
-        return kl, beta * kl_loss
+        return beta
 
 
 def gather_hidden_states(hidden_states, layout: Layout):
@@ -987,7 +1012,8 @@ def check_noise(drawn, given, layout, config):
     else:
         times = drawn[0]
     if latent_noise is not None:
-        check_shape("latent_noise", latent_noise, (*units, config.latent_size))
+        draws = () if config.objective_draws == 1 else (config.objective_draws,)
+        check_shape("latent_noise", latent_noise, (*units, *draws, config.latent_size))
     return (
         times,
         drawn[1] if position_noise is None else layout.units(position_noise),

@@ -18,6 +18,22 @@ def gaussian_kl(
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
 
 
+def draw_latents(
+    mean: torch.Tensor,
+    log_variance: torch.Tensor,
+    epsilon: torch.Tensor,
+    prior_mean: torch.Tensor | None = None,
+    prior_log_variance: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """z = mean + std * epsilon, and log p(z) - log q(z) for each element, in nats. Shapes broadcast to `epsilon`'s."""
+    latents = mean + (0.5 * log_variance).exp() * epsilon
+    standardised = latents
+    if prior_mean is not None:
+        standardised = (latents - prior_mean) * (-0.5 * prior_log_variance).exp()
+        log_variance = log_variance - prior_log_variance
+    return latents, 0.5 * (epsilon.square() - standardised.square() + log_variance)
+
+
 def row_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Sum of -log p(target) over the tokens of each row, in nats.
 
@@ -34,4 +50,4 @@ def row_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, rows: torch.T
     return losses.new_zeros(num_rows).index_add(0, rows, losses)
 
 
-__all__ = ["gaussian_kl", "row_cross_entropy"]
+__all__ = ["draw_latents", "gaussian_kl", "row_cross_entropy"]
