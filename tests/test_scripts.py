@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import compare_text
 import evaluate_vmd
 import generate_vmd
 import numpy as np
@@ -97,10 +98,18 @@ def test_a_text_model_is_trained_resumed_evaluated_and_generates(tmp_path, capsy
             "--num_steps=2",
             "--num_texts=3",
             "--num_eval_rows=8",
+            "--num_draws",
+            "1",
+            "3",
         ]
     )
-    objective, samples = json.loads((folder / "results.json").read_text())
+    objective, bound, tighter, samples = json.loads((folder / "results.json").read_text())
     assert objective["loss"] == pytest.approx(objective["reconstruction_loss"] + objective["kl"], rel=1e-5)
+    assert 0 <= objective["active_units"] <= 2
+    assert (bound["num_draws"], tighter["num_draws"], bound["num_tokens"]) == (1, 3, 8 * 16)
+    for row in (bound, tighter):
+        assert row["low"] < row["bits_per_token"] < row["high"] and row["bits_per_token"] > 2  # nothing is learned yet
+    assert 0 < bound["kl_bits_per_token"] < bound["bits_per_token"] and tighter["kl_bits_per_token"] is None
     assert len(samples["sample"]) == 16 and 0 <= samples["known_words"] <= 1
 
     capsys.readouterr()
@@ -110,6 +119,34 @@ def test_a_text_model_is_trained_resumed_evaluated_and_generates(tmp_path, capsy
     passes = 3 if block_size is None else 5  # 3 for the second block's four masks, 2 for the third's two
     assert f"{passes} forward passes" in lines[-1]
     assert len(lines) == passes + 2
+
+
+def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_again(tmp_path, capsys):
+    for index in range(12):
+        (tmp_path / f"{index}.txt").write_text(WORDS * (10 + index))
+    rows = ["autoregressive", "mdm", "block-4", "vmd-8"]
+    arguments = [
+        f"--source={tmp_path}",
+        "--sequence_length=16",
+        "--max_steps=2",
+        "--save_strategy=no",
+        "--num_eval_rows=4",
+        f"--output_dir={tmp_path / 'out'}",
+        *SMALL,
+    ]
+    compare_text.main([*arguments, "--rows", *rows])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    steps = [sorted({bound["num_steps"] for bound in result["bounds"]}) for result in results]
+    assert steps == [[1], [1, 2, 4, 8, 16], [1, 2, 4], [1, 2, 4, 8]]
+    passes = {line["row"]: line["passes a character"] for line in compare_text.lines_of(results)}
+    assert passes == {"autoregressive": 1, "mdm": 1, "block-4": 1, "vmd-8": 9 / 8}  # the last: one more for its prior
+    assert set(results[2]["samples"]) == {"1", "2", "4"} and all(results[2]["samples"].values())
+    assert imread(tmp_path / "out" / "frontier.png").shape[1] == 880
+
+    seconds = results[0]["training_seconds"]
+    compare_text.main([*arguments, "--rows", "autoregressive"])
+    (result,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert result["training_seconds"] == seconds
 
 
 def test_a_model_of_whole_boards_completes_clues_that_leave_many_solutions(tmp_path):

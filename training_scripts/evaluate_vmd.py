@@ -6,8 +6,9 @@
     python training_scripts/evaluate_vmd.py --model outputs/boards --task boards --num_steps 5 10 20 40 81
 
 Synthetic settings: accuracy (share of samples inside the support) and KL(target || samples) over the support in nats,
-a support point that was never sampled counted as half a sample. Text: the objective on the test split, and samples
-with the share of their words that occur in the training text. Sudoku: share of puzzles solved, with a 95 % interval
+a support point that was never sampled counted as half a sample. Text: the objective on the test split; upper bounds on
+the bits a token of the sampler of each number of steps, with their 95 % interval; and samples with the share of their
+words that occur in the training text. Sudoku: share of puzzles solved, with a 95 % interval
 (Wilson), for each remasking rule and number of steps, and by clue count and rating. Boards: few clues that leave many
 solutions, completed at temperature 1: the shares of valid boards and of valid rows, columns and boxes, and how many
 boards differ.
@@ -36,6 +37,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from vmd_hf import corpus_bound
 from vmd_hf.data.sudoku import (
     PuzzleTable,
     format_boards,
@@ -49,6 +51,7 @@ from vmd_hf.data.sudoku import (
 )
 from vmd_hf.data.synthetic import joint_metrics, target_distribution
 from vmd_hf.data.text import clean_text8, load_documents, text_datasets
+from vmd_hf.training import ACTIVE_UNIT_VARIANCE
 
 SAMPLERS = {
     "one z kept, argmax": {"resample_latents": False},
@@ -72,6 +75,10 @@ class EvaluationArguments:
     num_samples: int = field(default=100_000, metadata={"help": "Samples of a synthetic setting."})
     batch_size: int = 10_000
     num_texts: int = field(default=32, metadata={"help": "Texts to sample."})
+    bound: Literal["per_sample", "per_step"] = field(default="per_step", metadata={"help": "See vmd_hf.nelbo."})
+    num_draws: list[int] = field(
+        default_factory=lambda: [1], metadata={"help": "Draws of z under the logarithm of a bound."}
+    )
     num_eval_rows: int = 1000
     puzzles: str | None = field(default=None, metadata={"help": "File of Sudoku puzzles; default: new ones."})
     num_puzzles: int = field(default=1000, metadata={"help": "New puzzles to make, or taken evenly from the file."})
@@ -118,22 +125,66 @@ def evaluate_synthetic(
             yield {"num_steps": num_steps, "sampler": label, **joint_metrics(samples, target)}, samples
 
 
-def evaluate_text(model: PreTrainedModel, tokenizer, args: EvaluationArguments) -> list[dict[str, Any]]:
-    """The objective on test rows (hashed noise, so the same number every time), then samples at each step count."""
-    model.eval()
-    length = model.config.max_position_embeddings
-    rows = text_datasets(args.source, tokenizer, length, text_column=args.text_column)["test"]
-    batches = torch.as_tensor(rows[: args.num_eval_rows]["input_ids"]).split(50)
+def evaluate_objective(model: PreTrainedModel, batches: list[torch.Tensor]) -> dict[str, Any]:
+    """The objective in nats a token (no perplexity if there is a latent; the noise is hashed, so it is the same number
+    every time), and how many dimensions of z the posterior uses."""
     with torch.no_grad():
         outputs = [model(input_ids=batch, labels=batch) for batch in tqdm(batches, desc="objective", disable=None)]
     weights = torch.tensor([float(len(batch)) for batch in batches])
-    objective = {
-        name: float((torch.stack([output[name] for output in outputs]) * weights).sum() / weights.sum())
-        for name in ("loss", "reconstruction_loss", "kl")
-    }
+    result: dict[str, Any] = {"objective": model.config.objective, "rows": int(weights.sum())}
+    for name in ("loss", "reconstruction_loss", "kl"):
+        result[name] = float((torch.stack([output[name] for output in outputs]) * weights).sum() / weights.sum())
+    if model.config.latent_size:
+        means = torch.cat([output.posterior_mean.flatten(0, -2) for output in outputs])
+        result["active_units"] = int((means.var(0) > ACTIVE_UNIT_VARIANCE).sum())
+    return result
+
+
+def evaluate_bounds(
+    model: PreTrainedModel, batches: list[torch.Tensor], args: EvaluationArguments
+) -> list[dict[str, Any]]:
+    """`corpus_bound` for each number of steps and draws."""
+    results = []
+    for num_steps in args.num_steps:
+        for num_draws in args.num_draws if model.config.latent_size else [1]:
+            start = time.perf_counter()
+            found = corpus_bound(
+                model,
+                [{"input_ids": batch} for batch in batches],
+                bound=args.bound,
+                num_steps=num_steps,
+                num_samples=num_draws,
+                generator=torch.Generator().manual_seed(args.seed),
+                show_progress=sys.stderr.isatty(),
+            )
+            low, high = found.interval
+            results.append(
+                {
+                    "bound": args.bound,
+                    "num_steps": num_steps,
+                    "num_draws": num_draws,
+                    "bits_per_token": found.bits_per_token,
+                    "low": low,
+                    "high": high,
+                    "kl_bits_per_token": found.kl_bits_per_token,
+                    "num_tokens": found.num_tokens,
+                    "seconds": time.perf_counter() - start,
+                }
+            )
+    return results
+
+
+def evaluate_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The objective, bounds and samples."""
+    model.eval()
+    length = model.config.max_position_embeddings
+    rows = text_datasets(args.source, tokenizer, length, text_column=args.text_column)["test"]
+    batches = torch.as_tensor(rows[: args.num_eval_rows]["input_ids"]).to(model.device).split(50)
     documents = load_documents(args.source, text_column=args.text_column)["train"]
     known = {word for document in documents for word in clean_text8(document).split()}
-    results = [{"objective": model.config.objective, "test_rows": int(weights.sum()), **objective}]
+    samples = []
     for num_steps in args.num_steps:
         start = time.perf_counter()
         ids = draw_samples(model, length, args.num_texts, args.seed, do_sample=True, num_steps=num_steps)
@@ -141,11 +192,11 @@ def evaluate_text(model: PreTrainedModel, tokenizer, args: EvaluationArguments) 
         texts = tokenizer.batch_decode(ids)
         words = [word for text in texts for word in text.split()[1:-1]]  # the first and last may be cut
         share = sum(word in known for word in words) / max(len(words), 1)
-        results.append(
+        samples.append(
             {"num_steps": num_steps, "known_words": share, "num_words": len(words), "seconds": seconds}
             | {"sample": texts[0]}
         )
-    return results
+    return [evaluate_objective(model, batches)], evaluate_bounds(model, batches, args), samples
 
 
 def puzzles_to_solve(args: EvaluationArguments) -> PuzzleTable:
@@ -283,9 +334,11 @@ def main(argv: list[str]) -> None:
         results = list(evaluate_boards(model, AutoTokenizer.from_pretrained(args.model), args))
         print_table(f"{args.num_puzzles} boards from few clues, sampled: share valid, with its 95 % interval", results)
     else:
-        results = evaluate_text(model, AutoTokenizer.from_pretrained(args.model), args)
-        print_table(f"{args.source}: objective, nats a character (not a perplexity with a latent)", results[:1])
-        print_table(f"{args.source}: {args.num_texts} sampled texts", results[1:])
+        objective, bounds, samples = evaluate_text(model, AutoTokenizer.from_pretrained(args.model), args)
+        print_table(f"{args.source}: objective, nats a token (not a perplexity with a latent)", objective)
+        print_table(f"{args.source}: upper bounds on the bits a token, with their 95 % interval", bounds)
+        print_table(f"{args.source}: {args.num_texts} sampled texts", samples)
+        results = objective + bounds + samples
     write_json(args.output or Path(args.model) / "results.json", results)
 
 

@@ -54,6 +54,7 @@ class ModelArguments:
     position_embedding_type: Literal["rotary", "learned", "none"] = "learned"
     latent_size: int = field(default=8, metadata={"help": "0: the MDM baseline."})
     block_size: int | None = field(default=None, metadata={"help": "Tokens a block; default: whole sequences."})
+    block_positions: bool = field(default=False, metadata={"help": "Tell the model each token's place in its block."})
     prior: Literal["standard", "learned"] = "standard"
     conditioning_size: int = 128
     num_latent_encoder_layers: int = 1
@@ -196,8 +197,12 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     if training_args.max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {training_args.max_steps}")
     forwards = training_args.max_steps * training_args.gradient_accumulation_steps
-    groups = sudoku_position_groups() if data_args.task == "sudoku" and data_args.structure else None
-    model = build_model(model_args, tokenizer, len(rows[0]["input_ids"]), forwards, groups)
+    length, groups = len(rows[0]["input_ids"]), None
+    if data_args.task == "sudoku" and data_args.structure:
+        groups = sudoku_position_groups()
+    elif model_args.block_positions and model_args.block_size:
+        groups = [[position % model_args.block_size for position in range(length)]]
+    model = build_model(model_args, tokenizer, length, forwards, groups)
 
     callbacks: list[TrainerCallback] = []
     if model_args.ema_decay is not None:

@@ -58,11 +58,13 @@ class CorpusBound:
     Attributes:
         bits_per_token: The rows' `nelbo` over their scored tokens, in bits.
         standard_error: Of `bits_per_token`, over rows: of the choice of rows and of all that was drawn. NaN for one.
+        kl_bits_per_token: The part of `bits_per_token` that is KL(q || p); `None` with several draws in the logarithm.
         num_rows, num_tokens: Rows with scored tokens, and these tokens.
     """
 
     bits_per_token: float
     standard_error: float
+    kl_bits_per_token: float | None
     num_rows: int
     num_tokens: int
 
@@ -166,18 +168,21 @@ def corpus_bound(
     """
     device = _base_model(model).device
     names = ("input_ids", "labels", "attention_mask", "position_ids")
-    nats, tokens = [], []
+    nats, kl, tokens = [], [], []
     for batch in tqdm(batches, disable=not show_progress):
         inputs = {name: batch[name].to(device) for name in names if batch.get(name) is not None}
         output = nelbo(model, **inputs, **settings)
         scored = output.num_tokens > 0
         nats.append(output.nelbo[scored].double().cpu())
         tokens.append(output.num_tokens[scored].double().cpu())
+        if output.kl is not None:
+            kl.append(output.kl[scored].double().cpu())
     num_tokens = int(sum(part.sum() for part in tokens))
     if num_tokens == 0:
         raise ValueError("batches must hold at least one scored token, got none")
     bits = torch.cat(nats) / math.log(2)
-    return CorpusBound(*ratio_of_sums(bits, torch.cat(tokens)), len(bits), num_tokens)
+    kl_bits = float(torch.cat(kl).sum()) / math.log(2) / num_tokens if kl else None
+    return CorpusBound(*ratio_of_sums(bits, torch.cat(tokens)), kl_bits, len(bits), num_tokens)
 
 
 def ratio_of_sums(numerators: torch.Tensor, denominators: torch.Tensor) -> tuple[float, float]:

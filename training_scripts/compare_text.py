@@ -1,0 +1,163 @@
+"""Train autoregressive, masked diffusion, block diffusion and VMD models of text, and compare bounds on their bits.
+
+    python training_scripts/compare_text.py
+    python training_scripts/compare_text.py --rows block-4 vmd-4 --seeds 0 1 2
+
+All models have the same size (a VMD also has its latent path), the same data in the same order and about the same
+training time: the numbers of updates were chosen for that, and the time that a row took is reported. The bounds are
+those of `vmd_hf.corpus_bound` on the test split, for samplers of 1, 2, 4 and 8 steps a block. Prints a table, writes
+`results.json`, and draws bits a character over forward passes a character. A row that is there already is not trained
+again, and one that was interrupted goes on from its last checkpoint. All other arguments are those of train_vmd.py.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from evaluate_vmd import (
+    EvaluationArguments,
+    draw_samples,
+    evaluate_bounds,
+    evaluate_objective,
+    print_table,
+    write_json,
+)
+from train_vmd import DataArguments, parse, train
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vmd_hf.data.text import text_datasets
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+FEW_STEPS = {"objective": "per_step", "objective_steps": [1, 2, 4]}
+# How each row changes the recipe.
+ROWS: dict[str, dict[str, Any]] = {
+    "autoregressive": {"latent_size": 0, "block_size": 1, "objective": "per_sample", "objective_steps": [1]},
+    "mdm": {"latent_size": 0, "objective": "vmd"},
+    "vmd": {"latent_size": 32, "objective": "vmd"},
+    "block-4": {"latent_size": 0, "block_size": 4, **FEW_STEPS},
+    "block-8": {"latent_size": 0, "block_size": 8, **FEW_STEPS},
+    "vmd-4": {"latent_size": 32, "block_size": 4, "prior": "learned", **FEW_STEPS},
+    "vmd-8": {"latent_size": 32, "block_size": 8, "prior": "learned", **FEW_STEPS},
+}
+
+
+def run_row(row: str, seed: int, recipe_arguments: list[str], folder: Path, num_eval_rows: int) -> dict[str, Any]:
+    """Trains and evaluates one model, unless its results are there."""
+    if (folder / "row.json").exists():
+        return json.loads((folder / "row.json").read_text())
+    settings = []
+    for name, value in ROWS[row].items():
+        settings += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    arguments = parse([*recipe_arguments, *settings, f"--seed={seed}", f"--output_dir={folder}"])
+    arguments[2].resume_from_checkpoint = "true" if any(folder.glob("checkpoint-*")) else None
+    start, cpu_start = time.perf_counter(), time.process_time()
+    trainer = train(*arguments)
+    result = {
+        "row": row,
+        "seed": seed,
+        "updates": trainer.state.global_step,
+        "training_seconds": time.perf_counter() - start,
+        "training_cpu_seconds": time.process_time() - cpu_start,
+        "parameters": trainer.model.num_parameters(),
+        **evaluate_row(trainer.model, trainer.processing_class, arguments[1], num_eval_rows),
+    }
+    write_json(folder / "row.json", result)
+    return result
+
+
+def evaluate_row(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, num_eval_rows: int
+) -> dict[str, Any]:
+    """Bounds at 1, 2, 4 and 8 steps a block and one token a step, what the posterior uses, and a sample."""
+    model.eval()
+    length = data_args.sequence_length
+    width = model.config.block_size or length
+    rows = text_datasets(data_args.source, tokenizer, length, text_column=data_args.text_column)["test"]
+    batches = torch.as_tensor(rows[:num_eval_rows]["input_ids"]).to(model.device).split(50)
+    num_steps = sorted({number for number in (1, 2, 4, 8) if number < width} | {width})
+    evaluation = EvaluationArguments(num_steps=num_steps, num_draws=[1, 16])
+    samples = {
+        str(number): tokenizer.decode(draw_samples(model, length, 1, 0, do_sample=True, num_steps=number)[0])
+        for number in num_steps
+    }
+    return {
+        "width": width,
+        "length": length,
+        "passes_for_prior": int(model.config.prior == "learned"),
+        "objective": evaluate_objective(model, batches),
+        "bounds": evaluate_bounds(model, batches, evaluation),
+        "samples": samples,
+    }
+
+
+def lines_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line for each row, seed, number of steps and number of draws."""
+    return [
+        {
+            "row": result["row"],
+            "seed": result["seed"],
+            "steps a block": bound["num_steps"],
+            "passes a character": passes_per_character(result, bound),
+            "draws": bound["num_draws"],
+            "bits a character": bound["bits_per_token"],
+            "low": bound["low"],
+            "high": bound["high"],
+            "of it KL": bound["kl_bits_per_token"],
+            "active units": result["objective"].get("active_units"),
+        }
+        for result in results
+        for bound in result["bounds"]
+    ]
+
+
+def passes_per_character(result: dict[str, Any], bound: dict[str, Any]) -> float:
+    return (bound["num_steps"] + result["passes_for_prior"]) / result["width"]
+
+
+def draw_frontier(results: list[dict[str, Any]], path: Path) -> None:
+    """Bits a character over forward passes a character, a line for each row (the lowest of its bounds)."""
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    for result in results:
+        lowest: dict[float, tuple[float, float]] = {}
+        for bound in sorted(result["bounds"], key=lambda bound: -bound["bits_per_token"]):
+            error = bound["high"] - bound["bits_per_token"]
+            lowest[passes_per_character(result, bound)] = (bound["bits_per_token"], error)
+        passes = sorted(lowest)
+        bits, errors = zip(*(lowest[x] for x in passes), strict=True)
+        axis.errorbar(passes, bits, errors, marker="o", capsize=3, label=f"{result['row']}, seed {result['seed']}")
+    axis.set(xscale="log", xlabel="forward passes a character", ylabel="bits a character (upper bound, 95 % interval)")
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--num_eval_rows", type=int, default=800, help="Rows of the test split.")
+    parser.add_argument("--output_dir", default="outputs/text_comparison")
+    options, recipe_arguments = parser.parse_known_args(argv)
+    if not (recipe_arguments and recipe_arguments[0].endswith(".yaml")):
+        recipe_arguments = [str(Path(__file__).parent / "recipes" / "text_comparison.yaml"), *recipe_arguments]
+    output_dir = Path(options.output_dir)
+    results = [
+        run_row(row, seed, recipe_arguments, output_dir / f"{row}-{seed}", options.num_eval_rows)
+        for seed in options.seeds
+        for row in options.rows
+    ]
+    print_table("Upper bounds on the bits a character, with their 95 % interval", lines_of(results))
+    write_json(output_dir / "results.json", results)
+    draw_frontier(results, figure := output_dir / "frontier.png")
+    print(f"frontier: {figure}; results: {output_dir}/results.json")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
