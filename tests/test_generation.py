@@ -936,6 +936,8 @@ def test_wrong_settings_are_errors_that_name_them(model, settings, message):
     "arguments, message",
     [
         ({"input_ids": torch.tensor([1, MASK])}, "input_ids"),
+        ({"input_ids": torch.zeros(0, 2, dtype=torch.long)}, r"at least one row.*\(0, 2\)"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, r"one column unless max_new_tokens is given.*\(2, 0\)"),
         ({"attention_mask": torch.ones(2, 3)}, "attention_mask"),
         ({"attention_mask": torch.ones(1, 2, 2)}, "attention_mask"),
         ({"latents": torch.zeros(1, 3)}, "latents"),

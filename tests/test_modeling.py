@@ -1122,6 +1122,9 @@ LABEL_ERRORS = {
     "latent noise": ({"latent_noise": torch.ones(2, 3)}, r"latent_noise must have shape \(2, 4\), got \(2, 3\)"),
     "labels held back": ({"labels": None, "num_items_in_batch": 6}, "label_smoothing_factor"),
     "no inputs": ({"input_ids": None}, r"input_ids must have shape \(batch, length\), got None"),
+    "no rows": ({"input_ids": IDS[:0], "labels": IDS[:0]}, r"at least one row and one column, got shape \(0, 3\)"),
+    "no columns": ({"input_ids": IDS[:, :0], "labels": IDS[:, :0]}, r"one row and one column, got shape \(2, 0\)"),
+    "slip of the pen": ({"position_noize": IDS}, "forward knows no argument 'position_noize'"),
 }
 
 
@@ -1133,6 +1136,15 @@ def test_misuse_of_the_loss_is_an_error(case, training):
     model(input_ids=IDS, labels=IDS)
     with pytest.raises(ValueError, match=message):
         model(**({"input_ids": IDS, "labels": IDS} | arguments))
+
+
+def test_denoising_knows_its_arguments_too():
+    for model in (tiny_model(), tiny_model().model):
+        model(IDS, inputs_embeds=None, output_router_logits=None, use_cache=False)
+        with pytest.raises(ValueError, match="forward knows no argument 'latent', 'temperature'"):
+            model(IDS, temperature=2, latent=torch.zeros(2, 4))
+        with pytest.raises(ValueError, match="at least one row and one column"):
+            model(IDS[:, :0])
 
 
 def test_a_loss_needs_a_mask_token_and_denoising_does_not():

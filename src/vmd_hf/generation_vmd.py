@@ -863,6 +863,11 @@ class VMDGenerationMixin:
             raise ValueError("mask_token_id must be set in the config to generate, got None")
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids must have shape (batch, length), got {tuple(input_ids.shape)}")
+        if len(input_ids) == 0 or not (input_ids.shape[1] or config.max_new_tokens):
+            raise ValueError(
+                "input_ids must have at least one row, and one column unless max_new_tokens is given, got shape "
+                f"{tuple(input_ids.shape)}"
+            )
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got "

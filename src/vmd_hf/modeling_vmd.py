@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -25,6 +25,9 @@ from .generation_vmd import VMDGenerationConfig, VMDGenerationMixin
 from .masking_vmd import CleanContext, Layout, block_attention_mask, join_places, lay_out_blocks, row_positions
 from .noise_vmd import Corruption, corrupt_at_time, corrupt_before_step, hashed_noise, stratified_uniform
 from .objective_vmd import draw_latents, gaussian_kl, row_cross_entropy
+
+# What forward takes beside its own arguments.
+_KEYWORDS = {*TransformersKwargs.__annotations__, "return_dict", "use_cache"}
 
 VISIBLE, REVEALED_NOW, STILL_MASKED = 0, 1, 2  # what the latent encoder is told of each token
 
@@ -383,6 +386,7 @@ class VMDModel(VMDPreTrainedModel):
         """
         if layout is not None:
             return self.run(input_ids, layout, latents, context, clean, modulation, return_dict=True, **kwargs)
+        check_keywords(kwargs)
         layout = self.lay_out(input_ids, attention_mask, position_ids)
         grid = layout.scatter(input_ids, 0)
         if self.config.block_size is not None:
@@ -762,6 +766,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         if latents is not None:
             raise ValueError("latents must be None when labels are given: the posterior draws them (see latent_noise)")
 
+        check_keywords(kwargs)
         layout = self.model.lay_out(input_ids, attention_mask, position_ids)
         check_labels(input_ids, labels, attention_mask, self.config)
         clean = layout.scatter(input_ids, 0)
@@ -920,6 +925,13 @@ def last_before_blocks(hidden_states: torch.Tensor, layout: Layout) -> torch.Ten
     return nn.functional.pad(last[:, :-1] * follows[..., None], (0, 0, 1, 0))
 
 
+def check_keywords(keywords):
+    """Everything that transformers passes to any model is fine; a name that nobody knows is a slip of the pen."""
+    unknown = sorted(name for name, value in keywords.items() if name not in _KEYWORDS and value is not None)
+    if unknown:
+        raise ValueError(f"forward knows no argument {', '.join(map(repr, unknown))}")
+
+
 def check_shape(name, value, expected):
     if value.shape != expected:
         raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(value.shape)}")
@@ -930,6 +942,8 @@ def check_inputs(input_ids, attention_mask, position_ids, config):
     if input_ids is None or input_ids.dim() != 2:
         got = None if input_ids is None else tuple(input_ids.shape)
         raise ValueError(f"input_ids must have shape (batch, length), got {got}")
+    if input_ids.numel() == 0:
+        raise ValueError(f"input_ids must have at least one row and one column, got shape {tuple(input_ids.shape)}")
     for name, value in (("attention_mask", attention_mask), ("position_ids", position_ids)):
         if value is not None and value.shape != input_ids.shape:
             raise ValueError(
