@@ -3,6 +3,7 @@
     python training_scripts/train_vmd.py training_scripts/recipes/d1.yaml
     python training_scripts/train_vmd.py training_scripts/recipes/sotu.yaml --seed 1 --output_dir outputs/sotu-1
     python training_scripts/train_vmd.py training_scripts/recipes/sotu.yaml --resume_from_checkpoint true
+    accelerate launch --config_file training_scripts/accelerate_configs/ddp_8gpu.yaml training_scripts/train_vmd.py ...
 
 The recipe is a YAML file of the arguments that `--help` lists; what stands on the command line wins. The model and its
 tokenizer are saved in `--output_dir`.
@@ -37,7 +38,7 @@ from vmd_hf.data.sudoku import (
 )
 from vmd_hf.data.synthetic import synthetic_dataset, synthetic_tokenizer
 from vmd_hf.data.text import character_tokenizer, text_datasets
-from vmd_hf.training import EMACallback, VMDMetricsCallback
+from vmd_hf.training import EMACallback, SeededNoiseCallback, VMDMetricsCallback
 
 
 @dataclass
@@ -179,12 +180,12 @@ class SampleCallback(TrainerCallback):
         self.length = length
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
-        if not state.is_world_process_zero:
-            return
+        # Under FSDP every process has a part of the weights, so all of them generate.
         masks = torch.full((1, self.length), self.tokenizer.mask_token_id, device=args.device)
         generator = torch.Generator().manual_seed(0)
         ids = model.generate(masks, do_sample=True, remasking="random", generator=generator)
-        print(f"\nstep {state.global_step}: {self.tokenizer.decode(ids[0])}\n", flush=True)
+        if state.is_world_process_zero:
+            print(f"\nstep {state.global_step}: {self.tokenizer.decode(ids[0])}\n", flush=True)
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> Trainer:
@@ -197,17 +198,20 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     groups = sudoku_position_groups() if data_args.task == "sudoku" and data_args.structure else None
     model = build_model(model_args, tokenizer, len(rows[0]["input_ids"]), forwards, groups)
 
-    callbacks: list[TrainerCallback] = []
+    callbacks: list[TrainerCallback] = [SeededNoiseCallback()]
     if model_args.ema_decay is not None:
         callbacks.append(EMACallback(model_args.ema_decay))
     if data_args.task == "text":
         callbacks.append(SampleCallback(tokenizer, data_args.sequence_length))
+    collator = collate
+    if data_args.task == "sudoku":  # each process draws symmetries of its own
+        collator = SudokuCollator(tokenizer, training_args.seed + training_args.process_index)
     trainer = Trainer(
         model=model,
         args=training_args,
         train_dataset=rows,
         eval_dataset=validation,
-        data_collator=SudokuCollator(tokenizer, training_args.seed) if data_args.task == "sudoku" else collate,
+        data_collator=collator,
         processing_class=tokenizer,
         callbacks=callbacks,
     )
@@ -215,6 +219,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     metrics.on_init_end(training_args, trainer.state, trainer.control, model=model)
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=os.path.isdir(training_args.output_dir) if resume == "true" else resume)
+    if trainer.is_fsdp_enabled:  # whatever the checkpoints are, the result is a model that loads anywhere
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     return trainer
 

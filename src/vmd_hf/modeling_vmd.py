@@ -22,7 +22,14 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_vmd import VMDConfig
 from .generation_vmd import VMDGenerationConfig, VMDGenerationMixin
 from .masking_vmd import CleanContext, Layout, block_attention_mask, join_places, lay_out_blocks, row_positions
-from .noise_vmd import Corruption, corrupt_at_time, corrupt_before_step, hashed_noise, stratified_uniform
+from .noise_vmd import (
+    Corruption,
+    corrupt_at_time,
+    corrupt_before_step,
+    hashed_noise,
+    seeded_noise,
+    stratified_uniform,
+)
 from .objective_vmd import gaussian_kl, row_cross_entropy
 
 VISIBLE, REVEALED_NOW, STILL_MASKED = 0, 1, 2  # what the latent encoder is told of each token
@@ -720,6 +727,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         times: torch.Tensor | None = None,
         position_noise: torch.Tensor | None = None,
         latent_noise: torch.Tensor | None = None,
+        noise_seeds: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> VMDMaskedDiffusionOutput:
@@ -739,6 +747,8 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
                 objectives it ranks the order of revealing. To give a mask itself: 0 where masked, 1 elsewhere.
             latent_noise: (batch, latent_size), with blocks (batch, blocks, latent_size), float, standard normal:
                 z = mean + std * latent_noise.
+            noise_seeds: (batch,) int64. What is not given of the three is a function of the row's seed and of nothing
+                else; consecutive seeds have stratified times. (See `vmd_hf.training.SeededNoiseCallback`.)
             num_items_in_batch: Labelled tokens over which the loss is averaged; default: those of this batch.
 
         Raises:
@@ -769,7 +779,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             check_shape("position_noise", position_noise, input_ids.shape)
             position_noise = layout.scatter(position_noise, 0.0)
         noise = check_noise(
-            self._draw_noise(units, layout), (times, position_noise, latent_noise), layout, self.config
+            self._draw_noise(units, layout, noise_seeds), (times, position_noise, latent_noise), layout, self.config
         )
         corruption = self._corrupt(maskable, *noise)
 
@@ -841,7 +851,11 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         context = self.model.attention_context(embeddings, real, layout.units(layout.position_ids))
         return self.latent_encoder(embeddings, masked, revealed, context, before)
 
-    def _draw_noise(self, units, layout):
+    def _draw_noise(self, units, layout, seeds):
+        if seeds is not None:
+            check_shape("noise_seeds", seeds, (len(units) // layout.num_blocks,))
+            position_ids = layout.units(layout.position_ids)
+            return seeded_noise(seeds, layout.num_blocks, position_ids, self.config.latent_size)
         if not self.training:
             real = None if layout.real is None else layout.units(layout.real)
             return hashed_noise(units, real, layout.units(layout.position_ids), self.config.latent_size)
