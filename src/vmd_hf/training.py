@@ -1,5 +1,5 @@
-"""Callbacks for the plain transformers `Trainer`: parts of the loss in the logs, noise that does not depend on how a batch
-is split, and EMA of the weights. They work in one process, in data parallel and under FSDP2."""
+"""Callbacks for the plain transformers `Trainer`: the parts of the loss in the logs, noise that does not depend on how
+batches are split, and EMA of the weights. They work in one process, in data parallel and under FSDP2."""
 
 import os
 from pathlib import Path
