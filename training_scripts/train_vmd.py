@@ -92,6 +92,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
     """
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
     parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # bf16 on a CPU has to be asked for
+    parser.set_defaults(ddp_find_unused_parameters=False)  # all are used, and looking for others takes time
     if argv and argv[0].endswith(".yaml"):
         with open(argv[0]) as file:
             recipe = yaml.safe_load(file)
@@ -226,7 +227,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
 
 
 def main(argv: list[str]) -> None:
-    train(*parse(argv))
+    trainer = train(*parse(argv))
+    trainer.accelerator.end_training()  # several processes take leave of one another
 
 
 if __name__ == "__main__":
