@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import train_vmd
+from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from distributed_worker import train
+from distributed_worker import build, train
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, TrainerControl, TrainerState, TrainingArguments
 
 import vmd_hf
+from vmd_hf.training import EMACallback
 
 SCRIPTS = Path(train_vmd.__file__).parent
 CONFIGS = SCRIPTS / "accelerate_configs"
@@ -126,6 +128,7 @@ def test_fsdp_trains_evaluates_and_resumes_as_one_process(tmp_path):
         {"folder": two / "resumed", "resume": two / "whole" / "checkpoint-3", **NOT_SAVED},
         {"folder": two / "sharded", "sharded": True},
         {"folder": two / "sharded-resumed", "resume": two / "sharded" / "checkpoint-3", "sharded": True, **NOT_SAVED},
+        {"folder": two / "half", "model": BLOCKS, "ema": False, "bf16": True},
         {"argv": list(map(str, script))},
     ]
     results = launch_jobs("fsdp2.yaml", jobs, tmp_path)
@@ -133,24 +136,31 @@ def test_fsdp_trains_evaluates_and_resumes_as_one_process(tmp_path):
     for index, name in ((0, "whole"), (2, "resumed"), (3, "sharded"), (4, "sharded-resumed")):
         assert_same_training(results[index], whole, (two / name, one / "whole"))
     assert_same_training(results[1], blocks, (two / "blocks", one / "blocks"), LOSSES)
+    assert results[5]["log"][0]["loss"] == pytest.approx(blocks["log"][0]["loss"], rel=0.02)  # generates in bf16, too
     assert_same_weights(two / "whole", one / "whole", *CHECKPOINT_FILES)
     assert_same_weights(two / "sharded", one / "whole", CHECKPOINT_FILES[1])
     with pytest.raises(ValueError, match="FSDP"):  # weights can be loaded anywhere, but the optimizer's state cannot
         train(one / "resumed", resume=str(two / "whole" / "checkpoint-3"))
 
     assert AutoModelForMaskedLM.from_pretrained(two / "script").config.hidden_size == 16
-    assert len([entry for entry in results[5]["log"] if "eval_loss" in entry]) == 2
+    assert len([entry for entry in results[6]["log"] if "eval_loss" in entry]) == 2
 
 
 def test_training_does_not_depend_on_how_a_step_is_accumulated(tmp_path):
-    runs = [
-        train(
-            tmp_path / str(accumulation), {"kl_warmup_steps": 0}, ema=False, gradient_accumulation_steps=accumulation
-        )
-        for accumulation in (1, 2, 4)
-    ]
-    for run, accumulation in zip(runs[1:], (2, 4), strict=True):
-        assert_same_training(run, runs[0], (tmp_path / str(accumulation), tmp_path / "1"))
+    def run(accumulation):
+        model = {"kl_warmup_steps": 0}  # which counts forward passes
+        return train(tmp_path / str(accumulation), model, ema=False, gradient_accumulation_steps=accumulation)
+
+    whole = run(1)
+    for accumulation in (2, 4):
+        assert_same_training(run(accumulation), whole, (tmp_path / str(accumulation), tmp_path / "1"))
+
+
+def test_an_average_of_weights_under_deepspeed_is_an_error(tmp_path, monkeypatch):
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    monkeypatch.setattr(args.distributed_state, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match="DeepSpeed"):
+        EMACallback().on_train_begin(args, TrainerState(), TrainerControl(), model=build())
 
 
 def test_names_of_the_configurations_exist():

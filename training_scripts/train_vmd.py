@@ -3,7 +3,7 @@
     python training_scripts/train_vmd.py training_scripts/recipes/d1.yaml
     python training_scripts/train_vmd.py training_scripts/recipes/sotu.yaml --seed 1 --output_dir outputs/sotu-1
     python training_scripts/train_vmd.py training_scripts/recipes/sotu.yaml --resume_from_checkpoint true
-    accelerate launch --config_file training_scripts/accelerate_configs/ddp_8gpu.yaml training_scripts/train_vmd.py ...
+    accelerate launch --config_file training_scripts/accelerate_configs/gpu_8.yaml training_scripts/train_vmd.py ...
 
 The recipe is a YAML file of the arguments that `--help` lists; what stands on the command line wins. The model and its
 tokenizer are saved in `--output_dir`.

@@ -274,6 +274,7 @@ class VMDLatentPrior(nn.Module):
 
     def forward(self, before):
         """(..., hidden) to mean and log-variance, each (..., latent_size) float32."""
+        before = before.to(self.in_proj.bias.dtype)  # see VMDConditioner
         return self.out_proj(self.act(self.in_proj(before))).float().chunk(2, dim=-1)
 
 
@@ -287,7 +288,8 @@ class VMDConditioner(nn.Module):
         self.act = nn.SiLU()
 
     def forward(self, latents):
-        return self.act(self.out_proj(self.act(self.in_proj(latents))))
+        # While FSDP has gathered weights, they may be of another type than the model's. Biases are never quantised.
+        return self.act(self.out_proj(self.act(self.in_proj(latents.to(self.in_proj.bias.dtype)))))
 
 
 def register_lora_targets() -> None:
@@ -489,7 +491,7 @@ class VMDModel(VMDPreTrainedModel):
     def modulation_of(self, latents: torch.Tensor) -> torch.Tensor:
         """What latents (batch, N, latent_size) do to the layers, (batch, N, layers, 6, hidden_size): computed once, it
         may be given to many passes."""
-        change = self.modulation(self.conditioner(latents.to(self.dtype)))
+        change = self.modulation(self.conditioner(latents))
         change = change.unflatten(-1, (len(self.layers), 6, self.config.hidden_size))
         return change + identity_modulation(change)
 
@@ -553,7 +555,7 @@ class VMDBackbone(VMDModel):
 
     def modulation_of(self, latents: torch.Tensor) -> torch.Tensor:
         """What latents (batch, 1, latent_size) add to every token's embedding, (batch, 1, hidden_size)."""
-        return self.modulation(self.conditioner(latents.to(self.dtype)))
+        return self.modulation(self.conditioner(latents))
 
     def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., hidden_size) to (..., vocab_size): the whole masked language model but for its encoder."""
