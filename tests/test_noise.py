@@ -10,6 +10,7 @@ from vmd_hf.noise_vmd import (
     corrupt_before_step,
     hashed_noise,
     num_revealed,
+    seeded_noise,
     step_schedule,
     stratified_uniform,
 )
@@ -291,6 +292,54 @@ def test_hashed_normal_noise_is_finite_for_the_largest_uniform():
     latents = plain_hash(row, latent_size=64)[2]
     assert latents.isfinite().all()
     assert latents.abs().max() < 6  # ndtri(1 - 2^-25) is 5.4
+
+
+# --- noise from seeds ------------------------------------------------------------------------------------------------
+
+
+def from_seeds(seeds, length=5, num_blocks=1, latent_size=4):
+    position_ids = torch.arange(length * num_blocks).view(num_blocks, length).repeat(len(seeds), 1)
+    return seeded_noise(torch.as_tensor(seeds), num_blocks, position_ids, latent_size)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_seeded_noise_depends_on_the_row_alone(num_blocks):
+    seeds = [7, 2**62 + 5, 0, 12]
+    together = from_seeds(seeds, num_blocks=num_blocks)
+    for index, seed in enumerate(seeds):
+        times, positions, latents = from_seeds([seed], num_blocks=num_blocks)
+        rows = slice(index * num_blocks, (index + 1) * num_blocks)
+        for part, alone in zip(together, (times, positions, latents), strict=True):
+            assert torch.equal(part[rows], alone)
+    fewer = from_seeds(seeds[:1], num_blocks=1)
+    for part, alone in zip(together, fewer, strict=True):
+        assert torch.equal(part[:1], alone)
+    assert all(len(part.unique()) == part.numel() for part in together)
+
+
+@pytest.mark.parametrize("first_seed", [0, 2**61 + 12345])
+def test_times_of_consecutive_seeds_are_spread_evenly_and_so_are_those_of_any_part(first_seed):
+    times = from_seeds(range(first_seed, first_seed + 256))[0]
+    for start, size in ((0, 256), (0, 128), (128, 128), (77, 32), (200, 8)):
+        part = times[start : start + size].double().sort().values
+        # One in each of `size` intervals is at most 1 / size from uniform, independent ones about 0.87 / sqrt(size).
+        grid = torch.arange(size + 1) / size
+        distance = max((grid[1:] - part).max().item(), (part - grid[:-1]).max().item())
+        assert distance < 3 / size
+    assert times.min() >= 0 and times.max() < 1
+
+
+def test_seeded_noise_is_uniform_and_normal_and_uncorrelated():
+    times, positions, latents = from_seeds(range(2**40, 2**40 + 10_000))
+    for numbers in positions.T:
+        assert kolmogorov_smirnov(numbers, lambda x: x) < 1.95
+    for numbers in latents.T:
+        assert kolmogorov_smirnov(numbers, torch.special.ndtr) < 1.95
+    correlation = torch.corrcoef(torch.cat([times[:, None], positions, latents], dim=1).T)
+    assert (correlation - torch.eye(10)).abs().max() < 5 * 0.01
+    # And rows that follow one another are:
+    for numbers in (*positions.T, *latents.T):
+        assert torch.corrcoef(torch.stack([numbers[1:], numbers[:-1]]))[0, 1].abs() < 5 * 0.01
 
 
 def test_position_noise_ranks_do_not_depend_on_context():

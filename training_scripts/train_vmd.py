@@ -3,6 +3,7 @@
     python training_scripts/train_vmd.py training_scripts/recipes/d1.yaml
     python training_scripts/train_vmd.py training_scripts/recipes/sotu.yaml --seed 1 --output_dir outputs/sotu-1
     python training_scripts/train_vmd.py training_scripts/recipes/sotu.yaml --resume_from_checkpoint true
+    accelerate launch --config_file training_scripts/accelerate_configs/gpu_8.yaml training_scripts/train_vmd.py ...
 
 The recipe is a YAML file of the arguments that `--help` lists; what stands on the command line wins. The model and its
 tokenizer are saved in `--output_dir`.
@@ -37,7 +38,7 @@ from vmd_hf.data.sudoku import (
 )
 from vmd_hf.data.synthetic import synthetic_dataset, synthetic_tokenizer
 from vmd_hf.data.text import character_tokenizer, text_datasets
-from vmd_hf.training import EMACallback, VMDMetricsCallback
+from vmd_hf.training import EMACallback, SeededNoiseCallback, VMDMetricsCallback
 
 
 @dataclass
@@ -93,6 +94,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
     """
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
     parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # bf16 on a CPU has to be asked for
+    parser.set_defaults(ddp_find_unused_parameters=False)  # all are used, and looking for others takes time
     if argv and argv[0].endswith(".yaml"):
         with open(argv[0]) as file:
             recipe = yaml.safe_load(file)
@@ -182,12 +184,12 @@ class SampleCallback(TrainerCallback):
         self.length = length
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
-        if not state.is_world_process_zero:
-            return
+        # Under FSDP every process has a part of the weights, so all of them generate.
         masks = torch.full((1, self.length), self.tokenizer.mask_token_id, device=args.device)
         generator = torch.Generator().manual_seed(0)
         ids = model.generate(masks, do_sample=True, remasking="random", generator=generator)
-        print(f"\nstep {state.global_step}: {self.tokenizer.decode(ids[0])}\n", flush=True)
+        if state.is_world_process_zero:
+            print(f"\nstep {state.global_step}: {self.tokenizer.decode(ids[0])}\n", flush=True)
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> Trainer:
@@ -204,17 +206,20 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         groups = [[position % model_args.block_size for position in range(length)]]
     model = build_model(model_args, tokenizer, length, forwards, groups)
 
-    callbacks: list[TrainerCallback] = []
+    callbacks: list[TrainerCallback] = [SeededNoiseCallback()]
     if model_args.ema_decay is not None:
         callbacks.append(EMACallback(model_args.ema_decay))
     if data_args.task == "text":
         callbacks.append(SampleCallback(tokenizer, data_args.sequence_length))
+    collator = collate
+    if data_args.task == "sudoku":  # each process draws symmetries of its own
+        collator = SudokuCollator(tokenizer, training_args.seed + training_args.process_index)
     trainer = Trainer(
         model=model,
         args=training_args,
         train_dataset=rows,
         eval_dataset=validation,
-        data_collator=SudokuCollator(tokenizer, training_args.seed) if data_args.task == "sudoku" else collate,
+        data_collator=collator,
         processing_class=tokenizer,
         callbacks=callbacks,
     )
@@ -222,12 +227,15 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     metrics.on_init_end(training_args, trainer.state, trainer.control, model=model)
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=os.path.isdir(training_args.output_dir) if resume == "true" else resume)
+    if trainer.is_fsdp_enabled:  # whatever the checkpoints are, the result is a model that loads anywhere
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     return trainer
 
 
 def main(argv: list[str]) -> None:
-    train(*parse(argv))
+    trainer = train(*parse(argv))
+    trainer.accelerator.end_training()  # several processes take leave of one another
 
 
 if __name__ == "__main__":

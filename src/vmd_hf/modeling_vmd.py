@@ -23,7 +23,14 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_vmd import VMDConfig
 from .generation_vmd import VMDGenerationConfig, VMDGenerationMixin
 from .masking_vmd import CleanContext, Layout, block_attention_mask, join_places, lay_out_blocks, row_positions
-from .noise_vmd import Corruption, corrupt_at_time, corrupt_before_step, hashed_noise, stratified_uniform
+from .noise_vmd import (
+    Corruption,
+    corrupt_at_time,
+    corrupt_before_step,
+    hashed_noise,
+    seeded_noise,
+    stratified_uniform,
+)
 from .objective_vmd import draw_latents, gaussian_kl, row_cross_entropy
 
 # What forward takes beside its own arguments.
@@ -272,6 +279,7 @@ class VMDLatentPrior(nn.Module):
 
     def forward(self, before):
         """(..., hidden) to mean and log-variance, each (..., latent_size) float32."""
+        before = before.to(self.in_proj.bias.dtype)  # see VMDConditioner
         return self.out_proj(self.act(self.in_proj(before))).float().chunk(2, dim=-1)
 
 
@@ -285,7 +293,8 @@ class VMDConditioner(nn.Module):
         self.act = nn.SiLU()
 
     def forward(self, latents):
-        return self.act(self.out_proj(self.act(self.in_proj(latents))))
+        # While FSDP has gathered weights, they may be of another type than the model's. Biases are never quantised.
+        return self.act(self.out_proj(self.act(self.in_proj(latents.to(self.in_proj.bias.dtype)))))
 
 
 def register_lora_targets() -> None:
@@ -488,7 +497,7 @@ class VMDModel(VMDPreTrainedModel):
     def modulation_of(self, latents: torch.Tensor) -> torch.Tensor:
         """What latents (batch, N, latent_size) do to the layers, (batch, N, layers, 6, hidden_size): computed once, it
         may be given to many passes."""
-        change = self.modulation(self.conditioner(latents.to(self.dtype)))
+        change = self.modulation(self.conditioner(latents))
         change = change.unflatten(-1, (len(self.layers), 6, self.config.hidden_size))
         return change + identity_modulation(change)
 
@@ -552,7 +561,7 @@ class VMDBackbone(VMDModel):
 
     def modulation_of(self, latents: torch.Tensor) -> torch.Tensor:
         """What latents (batch, 1, latent_size) add to every token's embedding, (batch, 1, hidden_size)."""
-        return self.modulation(self.conditioner(latents.to(self.dtype)))
+        return self.modulation(self.conditioner(latents))
 
     def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., hidden_size) to (..., vocab_size): the whole masked language model but for its encoder."""
@@ -726,6 +735,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         times: torch.Tensor | None = None,
         position_noise: torch.Tensor | None = None,
         latent_noise: torch.Tensor | None = None,
+        noise_seeds: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> VMDMaskedDiffusionOutput:
@@ -745,6 +755,8 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
                 objectives it ranks the order of revealing. To give a mask itself: 0 where masked, 1 elsewhere.
             latent_noise: (batch, latent_size), with blocks (batch, blocks, latent_size), float, standard normal:
                 z = mean + std * latent_noise. With several `objective_draws` they are the dimension before the last.
+            noise_seeds: (batch,) int64. What is not given of the three is a function of the row's seed and of nothing
+                else; consecutive seeds have stratified times. (See `vmd_hf.training.SeededNoiseCallback`.)
             num_items_in_batch: Labelled tokens over which the loss is averaged; default: those of this batch.
 
         Raises:
@@ -776,7 +788,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             check_shape("position_noise", position_noise, input_ids.shape)
             position_noise = layout.scatter(position_noise, 0.0)
         noise = check_noise(
-            self._draw_noise(units, layout), (times, position_noise, latent_noise), layout, self.config
+            self._draw_noise(units, layout, noise_seeds), (times, position_noise, latent_noise), layout, self.config
         )
         corruption = self._corrupt(maskable, *noise)
 
@@ -866,18 +878,23 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         context = self.model.attention_context(embeddings, real, layout.units(layout.position_ids))
         return self.latent_encoder(embeddings, masked, revealed, context, before)
 
-    def _draw_noise(self, units, layout):
+    def _draw_noise(self, units, layout, seeds):
         per_unit = self.config.objective_draws, self.config.latent_size
-        if not self.training:
+        if self.training and seeds is None:
+            device = units.device
+            return (
+                stratified_uniform(len(units), device),
+                torch.rand(units.shape, device=device),
+                torch.randn(len(units), *per_unit, device=device),
+            )
+        position_ids, size = layout.units(layout.position_ids), math.prod(per_unit)
+        if seeds is None:
             real = None if layout.real is None else layout.units(layout.real)
-            noise = hashed_noise(units, real, layout.units(layout.position_ids), math.prod(per_unit))
-            return *noise[:2], noise[2].view(len(units), *per_unit)
-        device = units.device
-        return (
-            stratified_uniform(len(units), device),
-            torch.rand(units.shape, device=device),
-            torch.randn(len(units), *per_unit, device=device),
-        )
+            times, position_noise, latent_noise = hashed_noise(units, real, position_ids, size)
+        else:
+            check_shape("noise_seeds", seeds, (len(units) // layout.num_blocks,))
+            times, position_noise, latent_noise = seeded_noise(seeds, layout.num_blocks, position_ids, size)
+        return times, position_noise, latent_noise.view(len(units), *per_unit)
 
     def _corrupt(self, maskable, times, position_noise, latent_noise) -> Corruption:
         if self.config.objective == "vmd":

@@ -1,8 +1,8 @@
 """The forward process: which tokens are masked at a time or before a sampling step, and where the randomness is from.
 
 All of it is a function of two uniform numbers: one for each row, which becomes a time or a sampling step, and one for
-each position, which decides what is masked. They are drawn in training, hashed from the row's tokens in evaluation,
-and may be given, so that a loss can be reproduced.
+each position, which decides what is masked. They are drawn in training, hashed from the row's tokens in evaluation or
+from a seed for each row, and may be given, so that a loss can be reproduced.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import torch
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 64-bit constants, written as signed integers
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
+_SQRT_2 = 0x6A09E667F3BCC908  # the fraction of the square root of 2 in 64 bits, as _GOLDEN is the golden ratio's
 
 
 @dataclass
@@ -102,14 +103,37 @@ def hashed_noise(
     if attention_mask is not None:
         tokens = tokens.masked_fill(attention_mask == 0, 0)
     seed = _mix(tokens.sum(-1))
-    dimensions = torch.arange(1, latent_size + 1, device=input_ids.device)
+    return _uniform(seed), *_noise_of(seed, positions, latent_size)
+
+
+def seeded_noise(
+    seeds: torch.Tensor, num_blocks: int, position_ids: torch.Tensor, latent_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noise that is a function of a row's seed, so that it depends neither on the batch nor on the padding.
+
+    Times are the multiples of the golden ratio without their whole part, so that those of consecutive seeds are spread
+    evenly, and so are those of any part of them: however a batch is split, all of it and each part is stratified.
+
+    Args:
+        seeds: (batch,) int64.
+        num_blocks: N, blocks of each row; 1 for whole sequences. Each has noise of its own.
+        position_ids: (batch * N, length), positions of each block's tokens.
+        latent_size: Dimensions of the latent.
+
+    Returns:
+        (batch * N,) uniform for times, (batch * N, length) uniform for positions, (batch * N, latent_size) standard
+        normal.
+    """
+    blocks = torch.arange(num_blocks, device=seeds.device)
+    multiples = (seeds[:, None] * _GOLDEN + blocks * _SQRT_2).flatten()
+    return _fraction(multiples), *_noise_of(_mix(multiples), position_ids + 1, latent_size)
+
+
+def _noise_of(seed: torch.Tensor, positions: torch.Tensor, latent_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    dimensions = torch.arange(1, latent_size + 1, device=seed.device)
     # Streams: 0 for the time, positive for positions, negative for latent dimensions.
     latent_uniform = (_uniform(seed[:, None] - dimensions * _GOLDEN) + 2**-25).clamp(max=1 - 2**-24)
-    return (
-        _uniform(seed),
-        _uniform(seed[:, None] + positions * _GOLDEN),
-        torch.special.ndtri(latent_uniform),
-    )
+    return _uniform(seed[:, None] + positions * _GOLDEN), torch.special.ndtri(latent_uniform)
 
 
 def _mix(state: torch.Tensor) -> torch.Tensor:
@@ -123,8 +147,12 @@ def _shift(state: torch.Tensor, bits: int) -> torch.Tensor:
     return (state >> bits) & ((1 << (64 - bits)) - 1)  # int64 shifts are arithmetic: clear the copied sign
 
 
+def _fraction(state: torch.Tensor) -> torch.Tensor:
+    return _shift(state, 40).float() * 2**-24
+
+
 def _uniform(state: torch.Tensor) -> torch.Tensor:
-    return _shift(_mix(state), 40).float() * 2**-24
+    return _fraction(_mix(state))
 
 
 __all__ = [
@@ -133,6 +161,7 @@ __all__ = [
     "corrupt_before_step",
     "hashed_noise",
     "num_revealed",
+    "seeded_noise",
     "step_schedule",
     "stratified_uniform",
 ]

@@ -1,12 +1,18 @@
-"""Callbacks for the plain transformers `Trainer`: logging of the loss's parts, and EMA of the weights."""
+"""Callbacks for the plain transformers `Trainer`: the parts of the loss in the logs, noise that does not depend on how
+batches are split, and EMA of the weights. They work in one process, in data parallel and under FSDP2."""
 
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
-from accelerate.utils import reduce
+from accelerate import DistributedType
+from accelerate.state import GradientState
+from accelerate.utils import fsdp2_canonicalize_names, reduce
 from safetensors.torch import load_file, save_file
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -21,16 +27,17 @@ class _Sums:
         self.moments = 0  # (2, latent_size): sums of the posterior means and of their squares
         self.rows = 0
 
-    def add(self, output, rows: int, device: torch.device):
-        kl_per_latent = output.kl_per_latent
-        latent_kl = torch.zeros(2, device=device)
-        if kl_per_latent is not None:
+    def add(self, output, rows: int, scale: float):
+        """Of the output's first `rows`, whose parts of the loss are `scale` times those of the output."""
+        parts = scale * torch.stack([output.reconstruction_loss.detach(), output.kl.detach()]).float()
+        latent_kl = parts.new_zeros(2)
+        if output.kl_per_latent is not None:
+            kl_per_latent = output.kl_per_latent[:rows]
             latent_kl = torch.stack([kl_per_latent.sum(), kl_per_latent.new_tensor(kl_per_latent.numel())])
-        parts = torch.stack([output.reconstruction_loss.detach(), output.kl.detach()]).float()
         self.scalars = self.scalars + torch.cat([parts, parts * rows, latent_kl])
         self.rows += rows
         if output.posterior_mean is not None:
-            mean = output.posterior_mean.flatten(0, -2)  # with blocks, each has a latent
+            mean = output.posterior_mean[:rows].flatten(0, -2)  # with blocks, each has a latent
             self.moments = self.moments + torch.stack([mean.sum(0), mean.square().sum(0)])
 
 
@@ -40,7 +47,7 @@ class VMDMetricsCallback(TrainerCallback):
     Training logs gain `reconstruction_loss`, `kl` (both on the scale of `loss`), `kl_per_latent` (nats, mean over
     latents) and `active_units`: the latent dimensions whose posterior mean varies over the latents since the last log
     by a variance above 0.01 (Burda, Grosse, Salakhutdinov, arXiv 1509.00519). Evaluation metrics gain the same with
-    the prefix of the evaluation.
+    the prefix of the evaluation. All are those of the rows of all processes.
 
     Pass it in `Trainer(callbacks=[VMDMetricsCallback()])`. The Trainer calls reporters such as TensorBoard before the
     callbacks it is given; for these to see the values too, use
@@ -49,10 +56,12 @@ class VMDMetricsCallback(TrainerCallback):
 
     def __init__(self):
         self._model = None
+        self._args = None
         self._sums = {True: _Sums(), False: _Sums()}  # by model.training
         self._last_logged_step = 0
 
-    def _attach(self, model):
+    def _attach(self, args, model):
+        self._args = args
         if model is not None and model is not self._model:
             model.register_forward_hook(self._record, with_kwargs=True)
             self._model = model
@@ -62,13 +71,24 @@ class VMDMetricsCallback(TrainerCallback):
         if getattr(output, "reconstruction_loss", None) is None:
             return
         rows = len(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
-        self._sums[module.training].add(output, rows, output.kl.device)
+        # Over the items of all processes, each has its share of the loss; the Trainer takes the mean of all of them.
+        shared = self._args.average_tokens_across_devices and kwargs.get("num_items_in_batch") is not None
+        if not module.training:
+            rows = self._rows_to_count(rows)
+        self._sums[module.training].add(output, rows, self._args.world_size if shared else 1)
+
+    def _rows_to_count(self, rows: int) -> int:
+        """The last batches of an evaluation are filled up with rows that were seen before; the Trainer drops them."""
+        state = GradientState()
+        if self._args.world_size == 1 or not state.end_of_dataloader or state.remainder < 1:
+            return rows
+        return min(max(state.remainder - self._args.process_index * rows, 0), rows)
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        self._attach(model)
+        self._attach(args, model)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._attach(model)
+        self._attach(args, model)
         self._last_logged_step = state.global_step
         self._sums[True] = _Sums()
 
@@ -95,7 +115,7 @@ class VMDMetricsCallback(TrainerCallback):
         are sums over an optimizer step's micro-batches, and evaluation values are weighted by rows."""
         sums = self._sums[training]
         self._sums[training] = _Sums()
-        if sums.rows == 0:
+        if not torch.is_tensor(sums.scalars):
             return {}
         rows = torch.tensor([float(sums.rows)], device=sums.scalars.device)
         has_latent = torch.is_tensor(sums.moments)
@@ -104,7 +124,10 @@ class VMDMetricsCallback(TrainerCallback):
         if args.world_size > 1:
             total = reduce(total, "sum")
         rows, scalars = total[0].item(), total[1:7].tolist()
-        reconstruction, kl = (value / steps for value in scalars[:2]) if training else (v / rows for v in scalars[2:4])
+        if training:
+            reconstruction, kl = (value / (steps * args.world_size) for value in scalars[:2])
+        else:
+            reconstruction, kl = (value / rows for value in scalars[2:4])
         values = {"reconstruction_loss": reconstruction}
         if has_latent:
             moments = total[7:].view(2, -1) / scalars[5]
@@ -115,8 +138,51 @@ class VMDMetricsCallback(TrainerCallback):
         return values
 
 
+class SeededNoiseCallback(TrainerCallback):
+    """Gives each row of a training batch noise of its own, from `TrainingArguments.seed`, the optimizer step and the
+    row's place in the step's batch, with times that are stratified over the step.
+
+    So the training does not depend on how a step's batch is split into processes and accumulated batches, nor on what
+    a resumed run drew before. Without it each process draws from its default generator, which the Trainer seeds alike
+    in all of them: their rows get the same noise. (Dropout still comes from those generators, and `kl_warmup_steps`
+    counts forward passes, so that accumulation makes it shorter.)
+    """
+
+    def __init__(self):
+        self._handle = None
+        self._first_seed = 0  # of the optimizer step
+        self._rows = 0  # that this process has seen in it
+
+    @torch.compiler.disable
+    def _add_seeds(self, module, args, kwargs):
+        if not module.training or "labels" not in kwargs:
+            return None
+        input_ids = kwargs["input_ids"]
+        rows = len(input_ids)
+        # Accelerate hands out one batch after the other: this process's rows are behind those of the ones before it.
+        first = self._rows * self._world_size + self._process_index * rows
+        self._rows += rows
+        seeds = self._first_seed + torch.arange(first, first + rows, device=input_ids.device)
+        return args, {"noise_seeds": seeds, **kwargs}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.on_train_end(args, state, control)
+        self._world_size, self._process_index = args.world_size, args.process_index
+        self._handle = model.register_forward_pre_hook(self._add_seeds, with_kwargs=True)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        sequence = np.random.SeedSequence([args.seed, state.global_step])
+        self._first_seed = int(sequence.generate_state(1, np.uint64)[0] >> 2)  # leaves room to add in int64
+        self._rows = 0
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
 class EMACallback(TrainerCallback):
-    """Exponential moving average of the weights, by `torch.optim.swa_utils.AveragedModel`.
+    """Exponential moving average of the weights. Under FSDP2 each process averages its part.
 
     The average is in the model whenever the Trainer evaluates or saves, and after training; so a checkpoint's
     `model.safetensors` holds the averaged weights, those that its metrics belong to and that
@@ -129,7 +195,7 @@ class EMACallback(TrainerCallback):
         checkpoint: The folder that training resumes from; `None`: `checkpoint-<step>` in the output folder.
 
     Raises:
-        ValueError: for a decay out of range.
+        ValueError: for a decay out of range, or when training starts under DeepSpeed, which has weights of its own.
         FileNotFoundError: when training resumes from a checkpoint that was saved without this callback.
     """
 
@@ -140,28 +206,39 @@ class EMACallback(TrainerCallback):
             raise ValueError(f"decay must lie in (0, 1), got {decay}")
         self.decay = decay
         self.checkpoint = checkpoint
-        self._average = None  # AveragedModel; holds the trained weights while the average is in the model
+        self._average = []  # tensors; the trained weights while the average is in the model
+        self._num_averaged = 0
         self._model = None
         self._average_in_model = False
 
-    @torch.no_grad()
+    def _weights(self) -> list[torch.Tensor]:
+        """This process's part of each of the model's parameters, to be changed in place."""
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # an evaluation leaves whole weights behind, which would be used once more
+        parameters = [parameter.detach() for parameter in self._model.parameters()]
+        return [value.to_local() if isinstance(value, DTensor) else value for value in parameters]
+
+    def _named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """By the names that they have in one process."""
+        return fsdp2_canonicalize_names(dict(self._model.named_parameters()))
+
     def _put_average_in_model(self, wanted: bool):
         if wanted == self._average_in_model:
             return
-        for trained, averaged in zip(self._model.parameters(), self._average.module.parameters(), strict=True):
+        for trained, averaged in zip(self._weights(), self._average, strict=True):
             kept = trained.clone()
             trained.copy_(averaged)
             averaged.copy_(kept)
         self._average_in_model = wanted
 
-    def _update(self, averages, weights, num_averaged):
-        decay = min(self.decay, (1 + num_averaged.item()) / (10 + num_averaged.item()))
-        get_ema_multi_avg_fn(decay)(averages, weights, num_averaged)
-
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if args.distributed_state.distributed_type == DistributedType.DEEPSPEED:
+            raise ValueError("EMACallback cannot be used with DeepSpeed, whose optimizer keeps weights of its own")
         self._model = model
-        self._average = AveragedModel(model, multi_avg_fn=self._update)
+        self._average = [weight.clone() for weight in self._weights()]
         self._average_in_model = False
+        self._num_averaged = state.global_step
         if state.global_step == 0:
             return
         folder = Path(self.checkpoint or Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
@@ -172,29 +249,42 @@ class EMACallback(TrainerCallback):
                 "callback, or lies elsewhere (then give its folder as EMACallback(checkpoint=...))"
             )
         # The Trainer has just loaded the average into the model.
-        self._average.n_averaged.fill_(state.global_step)
-        trained = load_file(path, device=str(args.device))
+        trained = load_file(path)
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(trained[name])
+            for name, parameter in self._named_parameters().items():
+                value = trained[name].to(args.device)
+                if isinstance(parameter, DTensor):
+                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+                parameter.copy_(value)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._put_average_in_model(False)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self._average.update_parameters(self._model)
+        weights, n = self._weights(), self._num_averaged
+        decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        get_ema_multi_avg_fn(decay)(self._average, weights, n)
+        self._num_averaged += 1
         self._put_average_in_model(control.should_evaluate or control.should_save)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self._put_average_in_model(self._average_in_model or control.should_evaluate or control.should_save)
 
     def on_save(self, args, state, control, **kwargs):
+        average_in_model = self._average_in_model
+        self._put_average_in_model(False)
+        trained = {}
+        for name, parameter in self._named_parameters().items():
+            value = parameter.detach()
+            value = value.full_tensor() if isinstance(value, DTensor) else value  # all processes take part
+            if args.should_save:
+                trained[name] = value.cpu().clone(memory_format=torch.contiguous_format)
+        self._put_average_in_model(average_in_model)
         if not args.should_save:
             return
         path = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / self.file_name
         partial = path.with_suffix(".partial")
-        trained = self._average.module if self._average_in_model else self._model
-        save_file({name: value.detach().contiguous() for name, value in trained.named_parameters()}, partial)
+        save_file(trained, partial)
         os.replace(partial, path)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -202,4 +292,4 @@ class EMACallback(TrainerCallback):
             self._put_average_in_model(True)
 
 
-__all__ = ["EMACallback", "VMDMetricsCallback"]
+__all__ = ["EMACallback", "SeededNoiseCallback", "VMDMetricsCallback"]

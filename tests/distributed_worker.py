@@ -1,0 +1,153 @@
+"""Trainings that tests compare between one process and several: `train` in a test, this file under `accelerate`.
+
+    accelerate launch --config_file CONFIG tests/distributed_worker.py JOBS.json RESULTS.json
+
+runs the jobs of a list, each the keyword arguments of `train`, or `{"argv": [...]}` for `train_vmd.py`, and writes
+what they returned.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import DistributedType, PartialState
+from datasets import Dataset
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, default_data_collator
+
+from vmd_hf import VMDConfig, VMDForMaskedDiffusion
+from vmd_hf.data.synthetic import synthetic_tokenizer
+from vmd_hf.training import EMACallback, SeededNoiseCallback, VMDMetricsCallback
+
+TOKENIZER = synthetic_tokenizer()
+
+
+def rows(number: int, seed: int) -> Dataset:
+    """Rows of one to six tokens, so that batches are padded, and processes have unequal numbers of labels."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 7, (number,), generator=generator).tolist()
+    return Dataset.from_dict(
+        {"input_ids": [torch.randint(10, (length,), generator=generator).tolist() for length in lengths]}
+    )
+
+
+def build(**changes) -> VMDForMaskedDiffusion:
+    """A small model in which, unlike in a new one, the latent has an effect."""
+    settings = {
+        "vocab_size": len(TOKENIZER),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 6,
+        "position_embedding_type": "learned",
+        "latent_size": 4,
+        "conditioning_size": 8,
+        "kl_warmup_steps": 4,
+        "mask_token_id": TOKENIZER.mask_token_id,
+        "pad_token_id": TOKENIZER.pad_token_id,
+    }
+    model = VMDForMaskedDiffusion(VMDConfig(**(settings | changes)))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + noise if "norm" in name else noise)
+    return model
+
+
+def train(
+    folder: str,
+    model: dict | None = None,
+    num_rows: int = 40,
+    num_eval_rows: int = 12,
+    batch_size: int = 8,
+    eval_batch_size: int = 4,
+    ema: bool = True,
+    resume: str | None = None,
+    sharded: bool = False,
+    **arguments,
+) -> dict:
+    """A training with `batch_size` rows a step over all processes; the model is saved in `folder`.
+
+    Returns how the model was wrapped, the log, and what the model generates and predicts for five rows afterwards.
+    """
+    settings = {
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
+    }
+    os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT" if sharded else "FULL_STATE_DICT"
+    args = TrainingArguments(folder, **(settings | arguments))
+    args.per_device_train_batch_size = batch_size // (args.world_size * args.gradient_accumulation_steps)
+    args.per_device_eval_batch_size = eval_batch_size // args.world_size
+    shard_on_cpu()
+    callbacks = [VMDMetricsCallback(), SeededNoiseCallback()]
+    if ema:
+        callbacks.append(EMACallback(0.5, checkpoint=resume))
+    trainer = Trainer(
+        model=build(**(model or {})),
+        args=args,
+        train_dataset=rows(num_rows, seed=1),
+        eval_dataset=rows(num_eval_rows, seed=2),
+        data_collator=DataCollatorForLanguageModeling(TOKENIZER, mlm=False),
+        processing_class=TOKENIZER,
+        callbacks=callbacks,
+    )
+    torch.rand(1 + args.process_index)  # whatever was drawn before, the noise is the same
+    trainer.train(resume_from_checkpoint=resume)
+    result = {"wrapper": type(trainer.model_wrapped).__name__, "log": trainer.state.log_history}
+
+    ids = torch.full((5, 6), TOKENIZER.mask_token_id)
+    ids[:, 0] = torch.arange(5)
+    torch.manual_seed(0)
+    result["generated"] = trainer.model.generate(ids, num_steps=2).tolist()
+    trainer.data_collator = default_data_collator
+    logits = trainer.predict(Dataset.from_dict({"input_ids": ids.tolist()})).predictions
+    result["logits"] = logits[:, :, :10].tolist()  # mask and pad have -inf
+    if sharded:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
+    return result
+
+
+def shard_on_cpu() -> None:
+    """Accelerate shards models on accelerators only, and goes on with data parallel elsewhere. FSDP2 itself does not
+    mind, so accelerate is told that these CPUs are accelerators."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def run_script(argv: list[str]) -> dict:
+    """`train_vmd.py`, which saves in its own folder."""
+    import train_vmd
+
+    model_args, data_args, training_args = train_vmd.parse(argv)
+    assert training_args.world_size == 2
+    shard_on_cpu()
+    trainer = train_vmd.train(model_args, data_args, training_args)
+    return {"wrapper": type(trainer.model_wrapped).__name__, "log": trainer.state.log_history}
+
+
+def main(jobs: str, results: str) -> None:
+    torch.set_num_threads(1)
+    returned = [run_script(**job) if "argv" in job else train(**job) for job in json.loads(Path(jobs).read_text())]
+    state = PartialState()
+    if state.is_main_process:
+        Path(results).write_text(json.dumps(returned))
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
