@@ -784,6 +784,7 @@ ALL_FIELDS = {
     "cache_implementation": "static",
     "return_dict_in_generate": True,
     "output_history": True,
+    "output_confidences": True,
     "bos_token_id": 1,
     "eos_token_id": [2, 3],
     "pad_token_id": 4,
@@ -822,6 +823,7 @@ def test_each_setting_survives_alone(name, tmp_path):
         "top_k": "do_sample",
         "top_p": "do_sample",
         "output_history": "return_dict_in_generate",
+        "output_confidences": "return_dict_in_generate",
     }
     fields = {name: ALL_FIELDS[name]} | ({needed[name]: True} if name in needed else {})
     VMDGenerationConfig(**fields).save_pretrained(tmp_path)
@@ -923,6 +925,7 @@ def test_given_settings_without_special_tokens_take_those_of_the_model():
         ({"confidence_threshold": 0.5, "remasking": "entropy"}, "confidence_threshold"),
         ({"latent_scale": -1.0}, "latent_scale"),
         ({"output_history": True}, "output_history"),
+        ({"output_confidences": True}, "output_confidences needs return_dict_in_generate"),
     ],
 )
 def test_wrong_settings_are_errors_that_name_them(model, settings, message):
@@ -930,6 +933,28 @@ def test_wrong_settings_are_errors_that_name_them(model, settings, message):
         model.generate(torch.tensor([[1, MASK]]), **settings)
     with pytest.raises(ValueError, match=message):
         VMDGenerationConfig(**settings)
+
+
+@pytest.mark.parametrize("block_size", [None, 3])
+def test_confidences_are_the_probabilities_at_the_step_of_revealing(block_size):
+    """From the history and plain forward passes, for rows of unequal length."""
+    model = small_model(block_size=block_size)
+    ids, mask = padded([[1, MASK, MASK, 4, MASK, MASK, MASK], [MASK, 5, MASK, MASK]], "left")
+    latents = normal(2, 3) if block_size is None else normal(2, 3, 3)
+    settings = {"num_steps": 2, "return_dict_in_generate": True, "output_confidences": True}
+    output = model.generate(ids, mask, latents=latents, output_history=True, **settings)
+    expected, before = torch.ones(2, 7), ids
+    for after in output.history:
+        with torch.no_grad():
+            probabilities = model(before, attention_mask=mask, latents=latents).logits.softmax(-1)
+        revealed = before != after
+        expected[revealed] = probabilities.gather(-1, after[..., None]).squeeze(-1)[revealed]
+        before = after
+    torch.testing.assert_close(output.confidences, expected)
+    assert (output.confidences[ids == MASK] < 1).all()
+
+    stopped = model.generate(ids, mask, stopping_criteria=StoppingCriteriaList([StopOnce(row=0, step=1)]), **settings)
+    assert torch.equal(stopped.confidences == 0, stopped.sequences == MASK) and (stopped.confidences == 0).any()
 
 
 @pytest.mark.parametrize(

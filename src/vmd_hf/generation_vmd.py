@@ -56,6 +56,7 @@ class VMDGenerationConfig(GenerationConfig):
         cache_implementation: `"dynamic"` (grows) or `"static"` (allocated once).
         return_dict_in_generate: Return a [`VMDGenerateOutput`] instead of the sequences alone.
         output_history: Put the sequences after every step into that output.
+        output_confidences: Put the probability that each token had when it was revealed into that output.
         bos_token_id, eos_token_id, pad_token_id: Special tokens. What follows the first end-of-sequence token among
             new tokens becomes padding.
 
@@ -82,6 +83,7 @@ class VMDGenerationConfig(GenerationConfig):
         self.cache_implementation: str = kwargs.pop("cache_implementation", "dynamic")
         self.return_dict_in_generate: bool = kwargs.pop("return_dict_in_generate", False)
         self.output_history: bool = kwargs.pop("output_history", False)
+        self.output_confidences: bool = kwargs.pop("output_confidences", False)
         self.bos_token_id: int | None = kwargs.pop("bos_token_id", None)
         self.eos_token_id: int | list[int] | None = kwargs.pop("eos_token_id", None)
         self.pad_token_id: int | None = kwargs.pop("pad_token_id", None)
@@ -131,8 +133,9 @@ class VMDGenerationConfig(GenerationConfig):
             raise ValueError(f"guidance_scale must be None or not negative, got {self.guidance_scale}")
         if self.cache_implementation not in CACHES:
             raise ValueError(f"cache_implementation must be one of {CACHES}, got {self.cache_implementation!r}")
-        if self.output_history and not self.return_dict_in_generate:
-            raise ValueError("output_history needs return_dict_in_generate=True, got False")
+        for name in ("output_history", "output_confidences"):
+            if getattr(self, name) and not self.return_dict_in_generate:
+                raise ValueError(f"{name} needs return_dict_in_generate=True, got False")
 
     @classmethod
     def from_model_config(cls, model_config) -> "VMDGenerationConfig":
@@ -156,12 +159,16 @@ class VMDGenerateOutput(ModelOutput):
         latents: (batch, latent_size) float32 or None; with `resample_latents` those of each row's last step. With
             blocks (batch, generated blocks, latent_size), 0 for blocks that a row did not generate.
         history: With `output_history`, the sequences after every step, a tuple of (batch, length).
+        confidences: With `output_confidences`, (batch, length) float32: the probability of each token given what was
+            there when it was revealed (before temperature, top-k and top-p); 1 for what was given, 0 for masks that
+            are left.
     """
 
     sequences: torch.LongTensor | None = None
     num_forward_passes: torch.LongTensor | None = None
     latents: torch.Tensor | None = None
     history: tuple[torch.LongTensor, ...] | None = None
+    confidences: torch.Tensor | None = None
 
 
 def prepare_canvas(
@@ -369,7 +376,11 @@ class Canvas:
 
     def sequences(self) -> torch.Tensor:
         """(batch, length) in the rows' own columns, a copy."""
-        return torch.where(self.real, self.layout.gather(self.tokens), self.padding)
+        return self.in_rows(self.tokens, self.padding)
+
+    def in_rows(self, grid: torch.Tensor, padding: torch.Tensor | float) -> torch.Tensor:
+        """(batch, N * width) values on the grid to (batch, length) in the rows' own columns."""
+        return torch.where(self.real, self.layout.gather(grid), padding)
 
     def open_columns(self) -> torch.Tensor:
         """(batch, length) bool in the rows' own columns, still masked."""
@@ -504,6 +515,7 @@ class GenerationState:
     num_forward_passes: torch.Tensor
     stopped: torch.Tensor
     history: list[torch.Tensor]
+    confidences: torch.Tensor  # (batch, N * width)
     logits_processor: LogitsProcessorList | None
     stopping_criteria: StoppingCriteriaList | None
     streamer: PrefixStreamer | None
@@ -629,6 +641,7 @@ class VMDGenerationMixin:
             num_forward_passes=torch.zeros_like(sequences[:, 0]),
             stopped=torch.zeros_like(sequences[:, 0], dtype=torch.bool),
             history=[],
+            confidences=(~canvas.masked).float(),
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             streamer=None if streamer is None else PrefixStreamer(streamer),
@@ -652,6 +665,7 @@ class VMDGenerationMixin:
             num_forward_passes=state.num_forward_passes,
             latents=state.latents.squeeze(1) if state.latents is not None and state.reader is None else state.latents,
             history=tuple(state.history) if config.output_history else None,
+            confidences=canvas.in_rows(state.confidences, 1.0) if config.output_confidences else None,
         )
 
     def _fill_blocks(self, state: GenerationState, rows: torch.Tensor, round_index: int) -> None:
@@ -661,7 +675,7 @@ class VMDGenerationMixin:
         columns = canvas.columns(block, 1)
         tokens, masked = canvas.tokens[rows[:, None], columns], canvas.masked[rows[:, None], columns]
         fillable = masked
-        probability = torch.zeros(masked.shape, device=masked.device)  # of the revealed tokens, for the corrector
+        probability = torch.zeros(masked.shape, device=masked.device)  # of the revealed tokens
         num_maskable = masked.sum(-1)
         row_steps = num_maskable if config.num_steps is None else step_schedule(num_maskable, config.num_steps)
         if config.corrector is not None and config.num_steps is not None:
@@ -705,8 +719,11 @@ class VMDGenerationMixin:
                 again, self.config.mask_token_id
             )
             masked = masked.index_copy(0, active, (open_now & ~revealed) | again)
-            if config.corrector == "confidence":
+            if chosen_probability is not None:
                 probability[active] = torch.where(revealed, chosen_probability, probability[active])
+                state.confidences[rows[:, None], columns] = torch.where(
+                    fillable & ~masked, probability, (~fillable).float()
+                )
             canvas.put(rows, block, tokens, masked)
             self._after_step(state, rows[active])
         self._after_blocks(state)
@@ -741,13 +758,13 @@ class VMDGenerationMixin:
         masked: torch.Tensor,
         modulation: torch.Tensor | None,
         first_step: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """One forward pass over the blocks of `rows`, tokens and masked both (rows, width), under the modulation by
         their latents.
 
         Returns:
-            Predicted tokens, their confidence under the remasking rule, and their probability, each (rows, width); at
-            positions that are not masked the confidence is -inf.
+            Predicted tokens, their confidence under the remasking rule, and, if anybody asks, their probability, each
+            (rows, width); at positions that are not masked the last two are -inf.
         """
         config, canvas = state.config, state.canvas
         block = canvas.order[rows, round_index]
@@ -784,8 +801,8 @@ class VMDGenerationMixin:
         else:
             confident = confidence_of(logits, chosen, config.remasking)
         nowhere = torch.full(tokens.shape, -torch.inf, device=logits.device)
-        probability = nowhere
-        if config.corrector == "confidence":
+        probability = None
+        if config.corrector == "confidence" or config.output_confidences:
             probability = nowhere.index_put(places, confidence_of(logits, chosen, "top_prob"))
         return tokens.index_put(places, chosen), nowhere.index_put(places, confident), probability
 
