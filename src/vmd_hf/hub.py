@@ -1,11 +1,13 @@
 """Folders that load anywhere: the model with its code, for `trust_remote_code=True` without vmd_hf installed."""
 
 import os
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from transformers import PreTrainedTokenizerBase
 
+from . import pipeline_vmd
 from .configuration_vmd import VMDConfig
 from .modeling_vmd import VMDForMaskedDiffusion, VMDModel
 
@@ -45,10 +47,13 @@ def _save_with_code(model, folder):
         for cls, auto_class in AUTO_CLASSES:
             cls.register_for_auto_class(auto_class)
         model.config.auto_map = {"AutoModel": f"{VMDModel.__module__.rpartition('.')[2]}.{VMDModel.__name__}"}
+        model.config.custom_pipelines = pipeline_vmd.CUSTOM_PIPELINES
+        shutil.copy(pipeline_vmd.__file__, folder)
         model.save_pretrained(folder)
     finally:
         for (cls, _), auto_class in zip(AUTO_CLASSES, auto_classes, strict=True):
             cls._auto_class = auto_class
+        del model.config.custom_pipelines
         model.config.auto_map = auto_map
         if auto_map is None:
             del model.config.auto_map

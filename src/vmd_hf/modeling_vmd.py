@@ -203,11 +203,13 @@ class VMDPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": VMDLayer, "attentions": VMDAttention}  # noqa: RUF012
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """As everywhere; a config that was loaded with code names none unless the code is saved, too."""
         if self._auto_class is None and hasattr(self.config, "auto_map"):
             del self.config.auto_map
-        return super().save_pretrained(*args, **kwargs)
+        if hasattr(self.config, "custom_pipelines") and not os.path.exists(f"{save_directory}/pipeline_vmd.py"):
+            del self.config.custom_pipelines
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
         """As everywhere; a vocabulary without the tokens that the config names is an error."""
