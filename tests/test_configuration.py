@@ -34,6 +34,7 @@ BROKEN_RULES = [
     ({"objective_steps": []}, r"objective_steps.*got \[\]"),
     ({"objective_steps": [2, 0]}, r"objective_steps.*got \[2, 0\]"),
     ({"kl_weight": -0.5}, "kl_weight.*got -0.5"),
+    ({"conditioner_initializer_range": 0}, "conditioner_initializer_range must be None or finite and above 0, got 0"),
     ({"objective_draws": 0}, "objective_draws must be at least 1, got 0"),
     (
         {"objective_draws": 4, "objective": "per_sample"},

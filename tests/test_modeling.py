@@ -98,6 +98,15 @@ def test_the_conditioning_vector_starts_at_the_scale_of_the_latent():
     assert conditioner.in_proj(z).std().item() == pytest.approx(1, rel=0.1)
     assert conditioner.out_proj(normal(500, 256)).std().item() == pytest.approx(1, rel=0.1)
     assert conditioner(z).std(0).mean() > 0.1
+    config = tiny_config(latent_size=64, conditioning_size=256, conditioner_initializer_range=0.05)
+    assert VMDModel(config).conditioner.out_proj.weight.std().item() == pytest.approx(0.05, rel=0.1)
+
+
+def test_the_posterior_starts_with_means_of_unit_scale_and_little_noise():
+    model = VMDForMaskedDiffusion(tiny_config(latent_size=64, hidden_size=128)).eval()
+    means, log_variances = model.latent_encoder.out_proj(normal(500, 128)).chunk(2, dim=-1)
+    assert means.std().item() == pytest.approx(1, rel=0.1)
+    assert (log_variances == -3).all()
 
 
 @pytest.mark.parametrize(

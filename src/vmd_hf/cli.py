@@ -1,0 +1,116 @@
+"""The command `vmd-hf`: the scripts under one name, with their own options, one-line errors and exit codes.
+
+Exit codes: 0 for success, 1 for a job that failed, 2 for wrong usage.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PACKAGE = Path(__file__).parent
+# Installed, the scripts are part of the package; in a checkout they stand beside src.
+SCRIPTS = next(
+    folder
+    for folder in (PACKAGE / "training_scripts", PACKAGE.parents[1] / "training_scripts")
+    if (folder / "train_vmd.py").exists()
+)
+RECIPES = sorted(path.stem for path in (SCRIPTS / "recipes").glob("*.yaml"))
+
+app = typer.Typer(
+    name="vmd-hf",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="""Variational masked diffusion: train, sample, evaluate and share.
+
+    vmd-hf train d1                      a first model, in some minutes on a laptop
+
+    vmd-hf evaluate --model outputs/d1 --setting d1
+
+    vmd-hf generate --model outputs/d1 --watch
+
+    vmd-hf push outputs/d1 exported/vmd-d1 --repo_id me/vmd-d1
+
+    Each command lists its options with --help. Set VMD_HF_DEBUG=1 to see where an error comes from.""",
+)
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+Arguments = Annotated[list[str] | None, typer.Argument(help="Options of the script; --help lists them.")]
+
+
+def _complete_recipe(incomplete: str) -> list[str]:
+    return [name for name in RECIPES if name.startswith(incomplete)]
+
+
+def run_script(command: Callable, name: str, argv: list[str]) -> None:
+    """Calls a script's `main`; its errors become one line and exit code 1, or 2 from its argument parser."""
+    sys.path.insert(0, str(SCRIPTS))
+    sys.argv[0] = f"vmd-hf {command.__name__}"  # what the argument parser calls itself
+    if {"-h", "--help"} & set(argv):
+        typer.echo(f"{command.__doc__}\n")
+    try:
+        code = importlib.import_module(name).main(argv)
+    except Exception as error:
+        if os.environ.get("VMD_HF_DEBUG"):
+            raise
+        hint = ""
+        if isinstance(error, ModuleNotFoundError):
+            hint = ": pip install vmd_hf[scripts]"
+        message = " ".join(str(error).split()) or type(error).__name__
+        typer.echo(f"vmd-hf: {message}{hint}", err=True)
+        wrong_usage = message.startswith("Some specified arguments are not used")  # HfArgumentParser's ValueError
+        raise typer.Exit(2 if wrong_usage else 1) from error
+    finally:
+        sys.path.remove(str(SCRIPTS))
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def train(
+    recipe: Annotated[str | None, typer.Argument(autocompletion=_complete_recipe)] = None, options: Arguments = None
+) -> None:
+    """Train a model by a recipe: a name that comes with the package (d1, d2, sotu, sudoku, ...) or a YAML file; what
+    stands on the command line wins. Example: vmd-hf train d1 --max_steps 1000 --output_dir outputs/d1"""
+    argv = [] if recipe is None else [recipe]
+    if recipe in RECIPES:
+        argv = [str(SCRIPTS / "recipes" / f"{recipe}.yaml")]
+    elif recipe is not None and not recipe.startswith("-") and not Path(recipe).is_file():
+        typer.echo(f"vmd-hf: recipe must be a YAML file or one of {', '.join(RECIPES)}, got {recipe!r}", err=True)
+        raise typer.Exit(2)
+    run_script(train, "train_vmd", argv + (options or []))
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def generate(options: Arguments = None) -> None:
+    """Continue a prompt, fill its masks, or start from nothing. Example: vmd-hf generate --model DIR --watch"""
+    run_script(generate, "generate_vmd", options or [])
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def evaluate(options: Arguments = None) -> None:
+    """Measure a model: tables, JSON, bounds. Example: vmd-hf evaluate --model DIR --task text --num_steps 1 4"""
+    run_script(evaluate, "evaluate_vmd", options or [])
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def solve(options: Arguments = None) -> None:
+    """Solve a Sudoku, and show the board as it fills. Example: vmd-hf solve --model DIR "53..7....6..1..." """
+    run_script(solve, "solve_sudoku", options or [])
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def push(options: Arguments = None) -> None:
+    """Export a model with its code, and upload it. Example: vmd-hf push outputs/d1 exported/d1 --repo_id me/vmd-d1"""
+    run_script(push, "push_to_hub", options or [])
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()
