@@ -208,7 +208,7 @@ def test_a_loaded_export_saves_no_reference_to_code_that_is_not_saved(tmp_path):
 # --- without the package ---------------------------------------------------------------------------------------------
 
 
-def run_elsewhere(code, tmp_path):
+def run_elsewhere(code, tmp_path, **changes):
     """Runs code in a fresh process, in another folder, without the variables that could lead to the package."""
     folder = tmp_path / "elsewhere"
     folder.mkdir(exist_ok=True)
@@ -218,7 +218,7 @@ def run_elsewhere(code, tmp_path):
         "HF_MODULES_CACHE": str(tmp_path / "hf" / "modules"),
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
-    }
+    } | changes
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         cwd=folder,

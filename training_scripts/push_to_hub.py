@@ -7,11 +7,10 @@ python training_scripts/push_to_hub.py outputs/quick_start/vmd-0 exported/vmd-d1
 import argparse
 import sys
 
-from huggingface_hub import HfApi
 from transformers import AutoTokenizer
 
 from vmd_hf import VMDForMaskedDiffusion
-from vmd_hf.hub import export_model
+from vmd_hf.hub import export_model, upload_folder
 
 
 def main(argv: list[str]) -> None:
@@ -26,9 +25,7 @@ def main(argv: list[str]) -> None:
     export_model(model, options.folder, AutoTokenizer.from_pretrained(options.model))
     print(f"exported to {options.folder}")
     if options.repo_id:
-        api = HfApi()
-        repo_id = api.create_repo(options.repo_id, private=options.private, exist_ok=True).repo_id
-        print(api.upload_folder(repo_id=repo_id, folder_path=options.folder, commit_message="Upload model"))
+        print(upload_folder(options.folder, options.repo_id, private=options.private).commit_url)
 
 
 if __name__ == "__main__":

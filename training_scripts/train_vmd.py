@@ -11,6 +11,7 @@ tokenizer are saved in `--output_dir`.
 
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,6 +39,7 @@ from vmd_hf.data.sudoku import (
 )
 from vmd_hf.data.synthetic import synthetic_dataset, synthetic_tokenizer
 from vmd_hf.data.text import character_tokenizer, text_datasets
+from vmd_hf.hub import saved_with_code
 from vmd_hf.training import EMACallback, SeededNoiseCallback, VMDMetricsCallback
 
 
@@ -228,10 +230,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     trainer.callback_handler.callbacks.insert(0, metrics := VMDMetricsCallback())
     metrics.on_init_end(training_args, trainer.state, trainer.control, model=model)
     resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=os.path.isdir(training_args.output_dir) if resume == "true" else resume)
-    if trainer.is_fsdp_enabled:  # whatever the checkpoints are, the result is a model that loads anywhere
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
+    with saved_with_code(model) if training_args.push_to_hub else nullcontext():
+        trainer.train(resume_from_checkpoint=os.path.isdir(training_args.output_dir) if resume == "true" else resume)
+        if trainer.is_fsdp_enabled:  # whatever the checkpoints are, the result is a model that loads anywhere
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        trainer.save_model()  # and pushes
     return trainer
 
 

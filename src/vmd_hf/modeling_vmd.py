@@ -3,12 +3,16 @@
 import copy
 import math
 import os
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
@@ -202,14 +206,28 @@ class VMDPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": VMDLayer, "attentions": VMDAttention}  # noqa: RUF012
+    _tokenizer_to_save: PreTrainedTokenizerBase | None = None
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """As everywhere; a config that was loaded with code names none unless the code is saved, too."""
         if self._auto_class is None and hasattr(self.config, "auto_map"):
             del self.config.auto_map
-        if hasattr(self.config, "custom_pipelines") and not os.path.exists(f"{save_directory}/pipeline_vmd.py"):
-            del self.config.custom_pipelines
+        if hasattr(self.config, "custom_pipelines"):
+            pipeline, target = Path(__file__).with_name("pipeline_vmd.py"), Path(save_directory, "pipeline_vmd.py")
+            if self._auto_class is not None and pipeline.exists():
+                os.makedirs(save_directory, exist_ok=True)
+                shutil.copy(pipeline, target)
+            if not target.exists():  # a pipeline that saves itself has written it
+                del self.config.custom_pipelines
+        if self._tokenizer_to_save is not None:
+            self._tokenizer_to_save.save_pretrained(save_directory)
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def push_to_hub(self, *args, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs):
+        """As everywhere; in the same commit go the code, so that it loads anywhere with `trust_remote_code=True`, and
+        the tokenizer, if given."""
+        with saved_with_code(self, tokenizer):
+            return super().push_to_hub(*args, **kwargs)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
         """As everywhere; a vocabulary without the tokens that the config names is an error."""
@@ -932,6 +950,31 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             # Cubic: the latent is learned while it is almost free. Under a linear one part of it is given up early.
             beta = beta * (self.kl_warmup_progress / self.config.kl_warmup_steps).clamp(max=1) ** 3
         return beta
+
+
+@contextmanager
+def saved_with_code(model: VMDPreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[None]:
+    """Within it, saving the model saves its code, too, and names it in the config, and the tokenizer, if given. (Not
+    always: or every checkpoint of a training run would copy the code.)"""
+    classes = ((VMDConfig, "AutoConfig"), (VMDModel, "AutoModel"), (VMDForMaskedDiffusion, "AutoModelForMaskedLM"))
+    before = [cls._auto_class for cls, _ in classes]
+    config, names = model.config, ("auto_map", "custom_pipelines")
+    attributes = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    try:
+        model._tokenizer_to_save = tokenizer
+        for cls, auto_class in classes:
+            cls.register_for_auto_class(auto_class)
+        config.auto_map = {"AutoModel": f"{VMDModel.__module__.rpartition('.')[2]}.{VMDModel.__name__}"}
+        pipeline = {"impl": "pipeline_vmd.MaskedDiffusionPipeline", "pt": ["AutoModelForMaskedLM"]}
+        config.custom_pipelines = {"masked-diffusion": pipeline}
+        yield
+    finally:
+        model._tokenizer_to_save = None
+        for (cls, _), auto_class in zip(classes, before, strict=True):
+            cls._auto_class = auto_class
+        for name in names:
+            config.__dict__.pop(name, None)
+        config.__dict__.update(attributes)
 
 
 def gather_hidden_states(hidden_states, layout: Layout):

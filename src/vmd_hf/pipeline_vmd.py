@@ -6,9 +6,6 @@ from transformers import AutoModelForMaskedLM, Pipeline
 from .generation_vmd import VMDGenerationConfig, prepare_canvas
 
 TASK = "masked-diffusion"
-CUSTOM_PIPELINES = {
-    TASK: {"impl": f"{__name__.rpartition('.')[2]}.MaskedDiffusionPipeline", "pt": [AutoModelForMaskedLM.__name__]}
-}
 _OUTPUT_SETTINGS = {"return_dict_in_generate", "output_history", "output_confidences"}
 
 
