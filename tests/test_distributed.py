@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -35,11 +34,8 @@ SCRIPT = [*SCRIPT.split(), "--report_to=none", "--disable_tqdm=true"]
 
 def launch(config: str, script: Path, *arguments: str | Path) -> str:
     """Two processes; what they wrote."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / config]
-    command += ["--num_processes", 2, "--mixed_precision", "no", "--main_process_port", port, script, *arguments]
+    command += ["--num_processes", 2, "--mixed_precision", "no", "--main_process_port", 0, script, *arguments]
     paths = [Path(vmd_hf.__file__).parents[1], SCRIPTS]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)

@@ -7,7 +7,8 @@ All models have the same size (a VMD also has its latent path), the same data in
 training time: the numbers of updates were chosen for that, and the time that a row took is reported. The bounds are
 those of `vmd_hf.corpus_bound` on the test split, for samplers of 1, 2, 4 and 8 steps a block. Prints a table, writes
 `results.json`, and draws bits a character over forward passes a character. A row that is there already is not trained
-again, and one that was interrupted goes on from its last checkpoint. All other arguments are those of train_vmd.py.
+again, and one that was interrupted goes on from its last checkpoint. All other arguments are those of train_vmd.py,
+and change every row.
 """
 
 import argparse
@@ -48,14 +49,17 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_row(row: str, seed: int, recipe_arguments: list[str], folder: Path, num_eval_rows: int) -> dict[str, Any]:
+def run_row(
+    row: str, seed: int, recipe_arguments: list[str], folder: Path, num_eval_rows: int, split: str
+) -> dict[str, Any]:
     """Trains and evaluates one model, unless its results are there."""
     if (folder / "row.json").exists():
         return json.loads((folder / "row.json").read_text())
     settings = []
     for name, value in ROWS[row].items():
         settings += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    arguments = parse([*recipe_arguments, *settings, f"--seed={seed}", f"--output_dir={folder}"])
+    recipe, *changes = recipe_arguments
+    arguments = parse([recipe, *settings, *changes, f"--seed={seed}", f"--output_dir={folder}"])
     arguments[2].resume_from_checkpoint = "true" if any(folder.glob("checkpoint-*")) else None
     start, cpu_start = time.perf_counter(), time.process_time()
     trainer = train(*arguments)
@@ -66,20 +70,24 @@ def run_row(row: str, seed: int, recipe_arguments: list[str], folder: Path, num_
         "training_seconds": time.perf_counter() - start,
         "training_cpu_seconds": time.process_time() - cpu_start,
         "parameters": trainer.model.num_parameters(),
-        **evaluate_row(trainer.model, trainer.processing_class, arguments[1], num_eval_rows),
+        **evaluate_row(trainer.model, trainer.processing_class, arguments[1], num_eval_rows, split),
     }
     write_json(folder / "row.json", result)
     return result
 
 
 def evaluate_row(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, num_eval_rows: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data_args: DataArguments,
+    num_eval_rows: int,
+    split: str,
 ) -> dict[str, Any]:
     """Bounds at 1, 2, 4 and 8 steps a block and one token a step, what the posterior uses, and a sample."""
     model.eval()
     length = data_args.sequence_length
     width = model.config.block_size or length
-    rows = text_datasets(data_args.source, tokenizer, length, text_column=data_args.text_column)["test"]
+    rows = text_datasets(data_args.source, tokenizer, length, text_column=data_args.text_column)[split]
     batches = torch.as_tensor(rows[:num_eval_rows]["input_ids"]).to(model.device).split(50)
     num_steps = sorted({number for number in (1, 2, 4, 8) if number < width} | {width})
     evaluation = EvaluationArguments(num_steps=num_steps, num_draws=[1, 16])
@@ -142,14 +150,15 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--num_eval_rows", type=int, default=800, help="Rows of the test split.")
+    parser.add_argument("--num_eval_rows", type=int, default=800, help="Rows to evaluate on.")
+    parser.add_argument("--eval_split", choices=["validation", "test"], default="test", help="validation: to tune on.")
     parser.add_argument("--output_dir", default="outputs/text_comparison")
     options, recipe_arguments = parser.parse_known_args(argv)
     if not (recipe_arguments and recipe_arguments[0].endswith(".yaml")):
         recipe_arguments = [str(Path(__file__).parent / "recipes" / "text_comparison.yaml"), *recipe_arguments]
     output_dir = Path(options.output_dir)
     results = [
-        run_row(row, seed, recipe_arguments, output_dir / f"{row}-{seed}", options.num_eval_rows)
+        run_row(row, seed, recipe_arguments, output_dir / f"{row}-{seed}", options.num_eval_rows, options.eval_split)
         for seed in options.seeds
         for row in options.rows
     ]
