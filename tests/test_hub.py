@@ -176,7 +176,7 @@ def test_exporting_into_a_folder_keeps_its_other_files_and_replaces_its_own(tmp_
 
 def test_a_folder_that_is_a_file_is_an_error(tmp_path):
     (tmp_path / "model").write_text("")
-    with pytest.raises(ValueError, match="folder must not be a file"):
+    with pytest.raises(ValueError, match="save_directory must not be a file"):
         export_model(small_model(), tmp_path / "model")
     assert (tmp_path / "model").read_text() == ""
 

@@ -60,7 +60,7 @@ def run_row(
         settings += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     recipe, *changes = recipe_arguments
     arguments = parse([recipe, *settings, *changes, f"--seed={seed}", f"--output_dir={folder}"])
-    arguments[2].resume_from_checkpoint = "true" if any(folder.glob("checkpoint-*")) else None
+    arguments[2].resume_from_checkpoint = "true"
     start, cpu_start = time.perf_counter(), time.process_time()
     trainer = train(*arguments)
     result = {

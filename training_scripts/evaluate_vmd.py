@@ -31,7 +31,6 @@ from scipy.stats import binomtest
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForMaskedLM,
-    AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -51,6 +50,7 @@ from vmd_hf.data.sudoku import (
 )
 from vmd_hf.data.synthetic import joint_metrics, target_distribution
 from vmd_hf.data.text import clean_text8, load_documents, text_datasets
+from vmd_hf.hub import load_tokenizer
 from vmd_hf.training import ACTIVE_UNIT_VARIANCE
 
 SAMPLERS = {
@@ -326,15 +326,15 @@ def main(argv: list[str]) -> None:
         results = [result for result, _ in evaluate_synthetic(model, args)]
         print_table(f"{args.setting}, {args.num_samples:,} samples", results)
     elif args.task == "sudoku":
-        results, parts = evaluate_sudoku(model, AutoTokenizer.from_pretrained(args.model), args)
+        results, parts = evaluate_sudoku(model, load_tokenizer(args.model), args)
         print_table("Sudoku: share solved, with its 95 % interval", results)
         print_table(f"{results[-1]['remasking']}, {results[-1]['num_steps']} steps", parts)
         results += parts
     elif args.task == "boards":
-        results = list(evaluate_boards(model, AutoTokenizer.from_pretrained(args.model), args))
+        results = list(evaluate_boards(model, load_tokenizer(args.model), args))
         print_table(f"{args.num_puzzles} boards from few clues, sampled: share valid, with its 95 % interval", results)
     else:
-        objective, bounds, samples = evaluate_text(model, AutoTokenizer.from_pretrained(args.model), args)
+        objective, bounds, samples = evaluate_text(model, load_tokenizer(args.model), args)
         print_table(f"{args.source}: objective, nats a token (not a perplexity with a latent)", objective)
         print_table(f"{args.source}: upper bounds on the bits a token, with their 95 % interval", bounds)
         print_table(f"{args.source}: {args.num_texts} sampled texts", samples)

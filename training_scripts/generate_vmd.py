@@ -16,9 +16,10 @@ import torch
 from live_view import LiveView
 from rich.console import Console
 from rich.text import Text
-from transformers import AutoModelForMaskedLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import AutoModelForMaskedLM, HfArgumentParser, PreTrainedTokenizerBase
 
 import vmd_hf  # noqa: F401, makes AutoModelForMaskedLM know the model
+from vmd_hf.hub import load_tokenizer
 
 
 @dataclass
@@ -82,7 +83,7 @@ class Watcher(LiveView):
 def main(argv: list[str]) -> None:
     args, settings = HfArgumentParser((ScriptArguments, GenerationArguments)).parse_args_into_dataclasses(args=argv)
     model = AutoModelForMaskedLM.from_pretrained(args.model, trust_remote_code=args.trust_remote_code).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
     input_ids = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].long().view(1, -1)
     if not args.prompt and settings.max_new_tokens is None:
         settings.max_new_tokens = model.config.max_position_embeddings

@@ -7,10 +7,8 @@ python training_scripts/push_to_hub.py outputs/quick_start/vmd-0 exported/vmd-d1
 import argparse
 import sys
 
-from transformers import AutoTokenizer
-
 from vmd_hf import VMDForMaskedDiffusion
-from vmd_hf.hub import export_model, upload_folder
+from vmd_hf.hub import export_model, load_tokenizer, upload_folder
 
 
 def main(argv: list[str]) -> None:
@@ -22,7 +20,7 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
 
     model = VMDForMaskedDiffusion.from_pretrained(options.model)
-    export_model(model, options.folder, AutoTokenizer.from_pretrained(options.model))
+    export_model(model, options.folder, load_tokenizer(options.model))
     print(f"exported to {options.folder}")
     if options.repo_id:
         print(upload_folder(options.folder, options.repo_id, private=options.private).commit_url)

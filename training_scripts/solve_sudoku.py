@@ -14,10 +14,11 @@ import torch
 from live_view import LiveView
 from rich.console import Console
 from rich.text import Text
-from transformers import AutoModelForMaskedLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import AutoModelForMaskedLM, HfArgumentParser, PreTrainedTokenizerBase
 
 import vmd_hf  # noqa: F401, makes AutoModelForMaskedLM know the model
 from vmd_hf.data.sudoku import check_boards, parse_board, valid_boards
+from vmd_hf.hub import load_tokenizer
 
 
 @dataclass
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int:
     puzzle = parse_board(args.puzzle)
     check_boards(puzzle[None])
     model = AutoModelForMaskedLM.from_pretrained(args.model).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
     console = Console()
     view = BoardView(puzzle, tokenizer, console, args.seconds_per_step)
     input_ids = tokenizer(args.puzzle, return_tensors="pt")["input_ids"]

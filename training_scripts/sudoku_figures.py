@@ -16,9 +16,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers import AutoModelForMaskedLM, HfArgumentParser, PreTrainedModel
 
 from vmd_hf.data.sudoku import parse_board
+from vmd_hf.hub import load_tokenizer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -80,7 +81,7 @@ def accuracy_over_training(folder: Path, remasking: str, num_steps: int) -> None
 
 def board_that_fills(folder: Path, model: PreTrainedModel, puzzle: str, remasking: str, num_steps: int) -> None:
     """The board after each forward pass: clues black, earlier digits grey, those of the step blue."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     output = model.generate(
         tokenizer(puzzle, return_tensors="pt")["input_ids"],
         num_steps=num_steps,

@@ -11,6 +11,7 @@ tokenizer are saved in `--output_dir`.
 
 import os
 import sys
+import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -40,7 +42,13 @@ from vmd_hf.data.sudoku import (
 from vmd_hf.data.synthetic import synthetic_dataset, synthetic_tokenizer
 from vmd_hf.data.text import character_tokenizer, text_datasets
 from vmd_hf.hub import saved_with_code
-from vmd_hf.training import EMACallback, SeededNoiseCallback, VMDMetricsCallback
+from vmd_hf.training import (
+    EMACallback,
+    FiniteGradientsCallback,
+    SeededNoiseCallback,
+    VMDMetricsCallback,
+    last_whole_checkpoint,
+)
 
 
 @dataclass
@@ -196,21 +204,48 @@ class SampleCallback(TrainerCallback):
             print(f"\nstep {state.global_step}: {self.tokenizer.decode(ids[0])}\n", flush=True)
 
 
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` names, "true" for the last whole one; `None`: a new training.
+
+    Raises:
+        ValueError: a new training would write into the checkpoints of another.
+        OSError: nothing can be written to the output folder.
+    """
+    os.makedirs(args.output_dir, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.output_dir).close()  # better an error now than after the training
+    last = last_whole_checkpoint(args.output_dir)
+    if args.resume_from_checkpoint == "true":
+        return last
+    if last and not args.resume_from_checkpoint:
+        raise ValueError(
+            f"output_dir must not hold the checkpoints of another training, got {args.output_dir}: go on with it by "
+            "--resume_from_checkpoint true, or choose another folder"
+        )
+    return args.resume_from_checkpoint
+
+
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> Trainer:
     """Trains, saves model and tokenizer in the output folder, and returns the Trainer."""
-    set_seed(training_args.seed)
-    tokenizer, rows, validation = build_data(data_args)
     if training_args.max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {training_args.max_steps}")
+    resume = checkpoint_to_resume(training_args)
+    set_seed(training_args.seed)
+    tokenizer, rows, validation = build_data(data_args)
     forwards = training_args.max_steps * training_args.gradient_accumulation_steps
     length, groups = len(rows[0]["input_ids"]), None
     if data_args.task == "sudoku" and data_args.structure:
         groups = sudoku_position_groups()
     elif model_args.block_positions and model_args.block_size:
         groups = [[position % model_args.block_size for position in range(length)]]
+    # From a checkpoint of its last step the Trainer would do one more.
+    finished = (
+        resume and TrainerState.load_from_json(f"{resume}/trainer_state.json").global_step >= training_args.max_steps
+    )
+    if finished:
+        model_args.model_name_or_path = resume
     model = build_model(model_args, tokenizer, length, forwards, groups)
 
-    callbacks: list[TrainerCallback] = [SeededNoiseCallback()]
+    callbacks: list[TrainerCallback] = [SeededNoiseCallback(), FiniteGradientsCallback()]
     if model_args.ema_decay is not None:
         callbacks.append(EMACallback(model_args.ema_decay))
     if data_args.task == "text":
@@ -229,9 +264,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     )
     trainer.callback_handler.callbacks.insert(0, metrics := VMDMetricsCallback())
     metrics.on_init_end(training_args, trainer.state, trainer.control, model=model)
-    resume = training_args.resume_from_checkpoint
     with saved_with_code(model) if training_args.push_to_hub else nullcontext():
-        trainer.train(resume_from_checkpoint=os.path.isdir(training_args.output_dir) if resume == "true" else resume)
+        if not finished:
+            trainer.train(resume_from_checkpoint=resume)
         if trainer.is_fsdp_enabled:  # whatever the checkpoints are, the result is a model that loads anywhere
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model()  # and pushes

@@ -5,9 +5,25 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .modeling_vmd import VMDForMaskedDiffusion, saved_with_code
+
+
+def load_tokenizer(model: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model, a folder or an id on the Hub.
+
+    Raises:
+        ValueError: if there is none, which transformers says less clearly.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except ValueError as error:
+        if Path(model).is_dir() and not Path(model, "tokenizer_config.json").exists():
+            raise ValueError(
+                f"{model} has no tokenizer: put it there by tokenizer.save_pretrained({model})"
+            ) from error
+        raise
 
 
 def export_model(
@@ -17,21 +33,13 @@ def export_model(
 ) -> None:
     """Saves weights, configs, the code of the model and its pipeline and, if given, the tokenizer, ready to upload.
 
-    Written beside the folder first and moved into place file by file, the config last: an interruption leaves no
-    half-written file, and no config that names what is not there. Other files in the folder (a card, results) stay.
+    Other files in the folder (a card, results) stay. An interruption leaves no half-written file.
 
     Raises:
         ValueError: if `folder` is a file.
     """
-    folder = Path(folder)
-    if folder.is_file():
-        raise ValueError(f"folder must not be a file, got {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as partial:
-        with saved_with_code(model, tokenizer):
-            model.save_pretrained(partial)
-        for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(path, folder / path.name)
+    with saved_with_code(model, tokenizer):
+        model.save_pretrained(folder)
 
 
 def upload_folder(
@@ -61,7 +69,7 @@ def upload_folder(
         folder_path=folder,
         commit_message=commit_message,
         revision=revision,
-        ignore_patterns=["*.partial"],
+        ignore_patterns=["_*", "*.partial"],
     )
 
 
@@ -80,4 +88,4 @@ def upload_model(
         return upload_folder(folder, repo_id, **settings)
 
 
-__all__ = ["export_model", "saved_with_code", "upload_folder", "upload_model"]
+__all__ = ["export_model", "load_tokenizer", "saved_with_code", "upload_folder", "upload_model"]

@@ -3,14 +3,18 @@
 import copy
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers import initialization as init
@@ -20,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import CONFIG_NAME, ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -208,20 +212,60 @@ class VMDPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": VMDLayer, "attentions": VMDAttention}  # noqa: RUF012
     _tokenizer_to_save: PreTrainedTokenizerBase | None = None
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
-        """As everywhere; a config that was loaded with code names none unless the code is saved, too."""
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any):
+        """As everywhere.
+
+        Raises:
+            OSError: if there are no weights, or they are not whole.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"the weights of {pretrained_model_name_or_path} are not whole or not in the safetensors format "
+                f"({error}): save, copy or download them again"
+            ) from error
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """As everywhere, but an interruption leaves no half-written file: each is written beside its place and then
+        moved, the config last. A config that was loaded with code names none unless the code is saved, too.
+
+        Raises:
+            ValueError: if `save_directory` is a file.
+        """
         if self._auto_class is None and hasattr(self.config, "auto_map"):
             del self.config.auto_map
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"save_directory must not be a file, got {folder}")
+        if not is_main_process:
+            return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", folder.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix="_partial-") as partial:
+            self._write_files_beside_weights(folder, Path(partial))
+            super().save_pretrained(partial, is_main_process, *args, **kwargs)
+            written = sorted(Path(partial).iterdir(), key=lambda path: path.name == CONFIG_NAME)
+            for path in written:
+                os.replace(path, folder / path.name)
+        stale = {path.name for path in folder.iterdir()} - {path.name for path in written}
+        for name in filter(re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?").fullmatch, stale):
+            if not kwargs.get("variant"):
+                (folder / name).unlink()  # of another number of shards
+
+    def _write_files_beside_weights(self, folder: Path, partial: Path) -> None:
         if hasattr(self.config, "custom_pipelines"):
-            pipeline, target = Path(__file__).with_name("pipeline_vmd.py"), Path(save_directory, "pipeline_vmd.py")
+            pipeline = Path(__file__).with_name("pipeline_vmd.py")
             if self._auto_class is not None and pipeline.exists():
-                os.makedirs(save_directory, exist_ok=True)
-                shutil.copy(pipeline, target)
-            if not target.exists():  # a pipeline that saves itself has written it
+                shutil.copy(pipeline, partial)
+            elif not (folder / pipeline.name).exists():  # a pipeline that saves itself has written it
                 del self.config.custom_pipelines
         if self._tokenizer_to_save is not None:
-            self._tokenizer_to_save.save_pretrained(save_directory)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+            self._tokenizer_to_save.save_pretrained(partial)
 
     def push_to_hub(self, *args, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs):
         """As everywhere; in the same commit go the code, so that it loads anywhere with `trust_remote_code=True`, and

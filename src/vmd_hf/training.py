@@ -1,6 +1,7 @@
 """Callbacks for the plain transformers `Trainer`: the parts of the loss in the logs, noise that does not depend on how
 batches are split, and EMA of the weights. They work in one process, in data parallel and under FSDP2."""
 
+import json
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 ACTIVE_UNIT_VARIANCE = 0.01
@@ -210,6 +212,7 @@ class EMACallback(TrainerCallback):
         self._num_averaged = 0
         self._model = None
         self._average_in_model = False
+        self._saved_step = None
 
     def _weights(self) -> list[torch.Tensor]:
         """This process's part of each of the model's parameters, to be changed in place."""
@@ -239,6 +242,7 @@ class EMACallback(TrainerCallback):
         self._average = [weight.clone() for weight in self._weights()]
         self._average_in_model = False
         self._num_averaged = state.global_step
+        self._saved_step = None
         if state.global_step == 0:
             return
         folder = Path(self.checkpoint or Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
@@ -265,12 +269,22 @@ class EMACallback(TrainerCallback):
         decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
         get_ema_multi_avg_fn(decay)(self._average, weights, n)
         self._num_averaged += 1
+        if control.should_save:  # before the Trainer saves: what it writes last tells that a checkpoint is whole
+            self._save(args, state)
         self._put_average_in_model(control.should_evaluate or control.should_save)
 
     def on_epoch_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            self._save(args, state)
         self._put_average_in_model(self._average_in_model or control.should_evaluate or control.should_save)
 
     def on_save(self, args, state, control, **kwargs):
+        self._save(args, state)  # that a model is to be saved may have been found out in its evaluation
+
+    def _save(self, args, state):
+        if self._saved_step == state.global_step:
+            return
+        self._saved_step = state.global_step
         average_in_model = self._average_in_model
         self._put_average_in_model(False)
         trained = {}
@@ -283,6 +297,7 @@ class EMACallback(TrainerCallback):
         if not args.should_save:
             return
         path = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / self.file_name
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         save_file(trained, partial)
         os.replace(partial, path)
@@ -292,4 +307,45 @@ class EMACallback(TrainerCallback):
             self._put_average_in_model(True)
 
 
-__all__ = ["EMACallback", "SeededNoiseCallback", "VMDMetricsCallback"]
+class FiniteGradientsCallback(TrainerCallback):
+    """Stops the training before a gradient that is infinite or not a number spoils the weights.
+
+    Not for fp16, whose scaler skips such steps itself.
+
+    Raises:
+        FloatingPointError: with the step, and what to do.
+    """
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if args.fp16:
+            return
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        gradients = [value.to_local() if isinstance(value, DTensor) else value for value in gradients]
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            raise FloatingPointError(
+                f"the gradient of step {state.global_step + 1} is not finite, and no step was taken: look for wrong "
+                f"values in its batch, or lower learning_rate (now at most {args.learning_rate}) and resume from the "
+                "last checkpoint"
+            )
+
+
+def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest checkpoint in the folder that was written to its end, for `resume_from_checkpoint`; `None`: there is
+    none. (The Trainer's `resume_from_checkpoint=True` takes the newest, even if saving was interrupted.)"""
+    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    for folder in sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
+        try:
+            json.loads((folder / TRAINER_STATE_NAME).read_text())  # the Trainer writes it last
+        except (OSError, ValueError):
+            continue
+        return str(folder)
+    return None
+
+
+__all__ = [
+    "EMACallback",
+    "FiniteGradientsCallback",
+    "SeededNoiseCallback",
+    "VMDMetricsCallback",
+    "last_whole_checkpoint",
+]
