@@ -45,7 +45,8 @@ def test_a_model_is_trained_evaluated_sampled_and_exported(tmp_path):
     assert result.exit_code == 0, result.output
     result = run("evaluate", "--model", tmp_path / "d1", "--setting=d1", "--num_samples=50", "--num_steps", "1", "2")
     assert result.exit_code == 0, result.output
-    steps = {row["num_steps"] for row in json.loads((tmp_path / "d1" / "results.json").read_text())}
+    (rows,) = json.loads((tmp_path / "d1" / "results.json").read_text()).values()
+    steps = {row["num_steps"] for row in rows}
     assert steps == {1, 2}
     result = run("generate", "--model", tmp_path / "d1", "--prompt=12", "--max_new_tokens=2")
     assert result.exit_code == 0 and result.stdout.startswith("12")

@@ -1,11 +1,14 @@
 """The models that are ready to upload."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from make_card import FIELDS, METRICS, make_card
+from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 import vmd_hf  # noqa: F401, makes AutoModelForMaskedLM know the model
 from vmd_hf.data.sudoku import generate_puzzles, parse_board, valid_boards
@@ -19,16 +22,48 @@ def sudoku():
     return AutoModelForMaskedLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("folder", sorted(path.name for path in CARDS.iterdir() if path.is_dir()))
-def test_a_card_has_metadata_and_the_numbers_of_its_results_and_weights_are_small(folder):
-    card = ModelCard.load(CARDS / folder / "README.md")
+FOLDERS = sorted(path for path in CARDS.iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_card_is_what_its_results_make_it(folder):
+    card = ModelCard.load(folder / "README.md")
+    assert card.content.strip() == make_card(folder).content.strip()
     assert card.data.license == "apache-2.0" and card.data.library_name == "transformers"
-    assert (CARDS / folder / "model.safetensors").stat().st_size <= 4_000_000
-    for name, rows in json.loads((CARDS / folder / "results.json").read_text()).items():
-        for row in rows:
-            cells = f"{100 * row['solved']:.1f} % | {100 * row['low']:.1f} to {100 * row['high']:.1f} %"
-            line = f"| {name} | {row['remasking']} | {row['num_steps']} | {row['puzzles']} | {cells} |"
-            assert line in card.text
+    assert not re.search("{{|}}|None", card.content)
+    tables = json.loads((folder / "results.json").read_text())
+    measured = [row[name] for rows in tables.values() for row in rows for name in METRICS if name in row]
+    assert [result.metric_value for result in card.data.eval_results] == measured and measured
+    for value in measured:
+        assert f"| {value:.4g} |" in card.text
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_model_that_is_ready_to_upload_is_small_and_runs(folder):
+    assert (folder / "model.safetensors").stat().st_size <= 4_000_000
+    pipe = pipeline("masked-diffusion", model=str(folder))
+    length = min(pipe.model.config.max_position_embeddings, 81)
+    (filled,) = pipe(["[MASK]" * length], num_steps=2, seed=0)
+    assert len(filled["generated_text"]) <= length and "[MASK]" not in filled["generated_text"]
+
+
+def test_a_card_without_a_field_or_results_is_an_error(tmp_path):
+    (tmp_path / "card.yaml").write_text("title: x")
+    with pytest.raises(ValueError, match=r"card.yaml must have .*, got none of summary, usage"):
+        make_card(tmp_path)
+    (tmp_path / "card.yaml").write_text("\n".join(f"{name}: x" for name in FIELDS))
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="must have results, got none"):
+        make_card(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "least", "most"), [("vmd-d1", 0.98, 1), ("mdm-d1", 0, 0.01)])
+def test_the_synthetic_models_do_in_one_step_what_their_cards_say(name, least, most):
+    model = AutoModelForMaskedLM.from_pretrained(CARDS / name).eval()
+    masks = torch.full((2000, 4), model.config.mask_token_id)
+    ids = model.generate(masks, num_steps=1, do_sample=name == "mdm-d1", generator=torch.Generator().manual_seed(0))
+    right = ((ids[:, 1:] - ids[:, :-1]) % 10 == 1).all(-1).double().mean()
+    assert least <= right <= most
 
 
 def test_five_lines_solve_a_puzzle(sudoku):

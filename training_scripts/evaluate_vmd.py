@@ -1,4 +1,4 @@
-"""Evaluate a saved model: print a table, write results as JSON, draw figures.
+"""Evaluate a saved model: print tables, and write them as JSON, lists of rows under a title.
 
     python training_scripts/evaluate_vmd.py --model outputs/d1 --setting d1
     python training_scripts/evaluate_vmd.py --model outputs/sotu --task text
@@ -323,23 +323,25 @@ def main(argv: list[str]) -> None:
     (args,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(args=argv)
     model = AutoModelForMaskedLM.from_pretrained(args.model)
     if args.task == "synthetic":
-        results = [result for result, _ in evaluate_synthetic(model, args)]
-        print_table(f"{args.setting}, {args.num_samples:,} samples", results)
+        title = f"{args.setting}, {args.num_samples:,} samples"
+        tables = {title: [result for result, _ in evaluate_synthetic(model, args)]}
     elif args.task == "sudoku":
         results, parts = evaluate_sudoku(model, load_tokenizer(args.model), args)
-        print_table("Sudoku: share solved, with its 95 % interval", results)
-        print_table(f"{results[-1]['remasking']}, {results[-1]['num_steps']} steps", parts)
-        results += parts
+        tables = {"Sudoku: share solved, with its 95 % interval": results}
+        tables[f"{results[-1]['remasking']}, {results[-1]['num_steps']} steps, by what is known of puzzles"] = parts
     elif args.task == "boards":
         results = list(evaluate_boards(model, load_tokenizer(args.model), args))
-        print_table(f"{args.num_puzzles} boards from few clues, sampled: share valid, with its 95 % interval", results)
+        tables = {f"{args.num_puzzles} boards from few clues, sampled: share valid, with its 95 % interval": results}
     else:
         objective, bounds, samples = evaluate_text(model, load_tokenizer(args.model), args)
-        print_table(f"{args.source}: objective, nats a token (not a perplexity with a latent)", objective)
-        print_table(f"{args.source}: upper bounds on the bits a token, with their 95 % interval", bounds)
-        print_table(f"{args.source}: {args.num_texts} sampled texts", samples)
-        results = objective + bounds + samples
-    write_json(args.output or Path(args.model) / "results.json", results)
+        tables = {
+            f"{args.source}: objective, nats a token (not a perplexity with a latent)": objective,
+            f"{args.source}: upper bounds on the bits a token, with their 95 % interval": bounds,
+            f"{args.source}: {args.num_texts} sampled texts": samples,
+        }
+    for title, rows in tables.items():
+        print_table(title, rows)
+    write_json(args.output or Path(args.model) / "results.json", tables)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ class FigureArguments:
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """The rows of `results.json` that tell rules and numbers of steps apart."""
-    return [row for row in json.loads((folder / "results.json").read_text()) if "remasking" in row]
+    tables = json.loads((folder / "results.json").read_text())
+    return [row for rows in tables.values() for row in rows if "remasking" in row]
 
 
 def draw_accuracy(axes: plt.Axes, x: list[int], rows: list[dict[str, Any]], label: str) -> None:
