@@ -15,6 +15,7 @@ from helpers import (
     pad_row,
     padded_batch,
     randomise,
+    seeded,
     tiny_config,
     tiny_model,
     uniform,
@@ -23,7 +24,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments, default_data_collator
 
-from vmd_hf import VMDConfig, VMDForMaskedDiffusion
+from vmd_hf import VMDConfig, VMDForMaskedDiffusion, nelbo
 from vmd_hf.masking_vmd import EMPTY, PADDING, Places, block_attention_mask, join_places, lay_out_blocks, may_attend
 from vmd_hf.training import VMDMetricsCallback
 
@@ -1475,3 +1476,30 @@ def test_more_tokens_than_a_position_table_has_are_an_error(position):
 def test_wrong_inputs_are_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny_model(block_size=2)(**({"input_ids": digits(2, 3)} | arguments))
+
+
+@pytest.mark.parametrize("prior", ["standard", "learned"])
+def test_few_tokens_that_are_revealed_together_get_latents_of_the_prior(prior):
+    settings = {"block_size": 4, "prior": prior, "objective": "per_step", "objective_steps": [1, 2, 4]}
+    every, large = (tiny_model(**settings, latent_min_tokens=number) for number in (1, 3))
+    ids = digits(6, 8)
+    outputs = {}
+    for steps in (1, 2, 4):
+        for model in (every, large):
+            model.config.objective_steps = [steps]
+            outputs[model, steps] = model(input_ids=ids, labels=ids, noise_seeds=torch.arange(6))
+    for steps in (2, 4):  # two tokens, or one
+        assert (outputs[every, steps].kl_per_latent > 0.01).all()
+        assert outputs[large, steps].kl == 0 and (outputs[large, steps].kl_per_latent == 0).all()
+    assert torch.equal(outputs[large, 1].kl_per_latent, outputs[every, 1].kl_per_latent)
+    assert outputs[large, 1].loss == outputs[every, 1].loss
+
+    # The bound knows, too: with one z for each draw, KL only where three tokens are revealed at once.
+    for steps, has_kl in ((1, True), (2, False), (4, False)):
+        bound = nelbo(large, ids, bound="per_step", num_steps=steps, generator=seeded(0))
+        assert (bound.kl > 0.01).all() if has_kl else (bound.kl.abs() < 1e-6).all()
+
+
+def test_latent_min_tokens_is_for_single_steps():
+    with pytest.raises(ValueError, match='latent_min_tokens must be at least 1, and 1 unless objective is "per_step"'):
+        tiny_config(latent_min_tokens=2)

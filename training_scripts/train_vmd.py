@@ -73,6 +73,7 @@ class ModelArguments:
     objective: Literal["vmd", "per_sample", "per_step"] = "vmd"
     objective_steps: list[int] = field(default_factory=lambda: [1, 2, 4])
     objective_draws: int = field(default=1, metadata={"help": "Draws of z under the logarithm of the loss (IWAE)."})
+    latent_min_tokens: int = field(default=1, metadata={"help": "Tokens revealed together for which z is used."})
     kl_weight: float = 1.0
     kl_warmup_ratio: float = field(default=0.5, metadata={"help": "Share of training over which the KL term grows."})
     free_bits: float = 0.0
@@ -145,20 +146,31 @@ def build_model(
     num_training_forwards: int,
     position_groups: list[list[int]] | None = None,
 ) -> VMDForMaskedDiffusion:
-    """A new model of the task's size, or the given checkpoint, which keeps its shape (but for `num_loops`)."""
+    """A new model of the task's size, or the given checkpoint, which keeps its shape, but for `num_loops`, and gets a
+    latent if it has none and `latent_size` is given."""
     settings = {
         "num_loops": args.num_loops,
         "loop_loss": args.loop_loss,
         "objective": args.objective,
         "objective_steps": args.objective_steps,
         "objective_draws": args.objective_draws,
+        "latent_min_tokens": args.latent_min_tokens,
         "kl_weight": args.kl_weight,
         "kl_warmup_steps": round(args.kl_warmup_ratio * num_training_forwards),
         "free_bits": args.free_bits,
         "hidden_dropout": args.hidden_dropout,
         "attn_implementation": args.attn_implementation,
     }
+    latent_settings = {
+        "latent_size": args.latent_size,
+        "prior": args.prior if args.latent_size else "standard",
+        "conditioning_size": args.conditioning_size,
+        "conditioner_initializer_range": args.conditioner_initializer_range,
+        "num_latent_encoder_layers": args.num_latent_encoder_layers,
+    }
     if args.model_name_or_path:
+        if args.latent_size and not VMDConfig.from_pretrained(args.model_name_or_path).latent_size:
+            settings |= latent_settings
         return VMDForMaskedDiffusion.from_pretrained(args.model_name_or_path, **settings)
     config = VMDConfig(
         vocab_size=len(tokenizer),
@@ -171,12 +183,8 @@ def build_model(
         num_attention_heads=args.num_attention_heads,
         position_embedding_type=args.position_embedding_type,
         position_groups=position_groups,
-        latent_size=args.latent_size,
         block_size=args.block_size,
-        prior=args.prior if args.latent_size else "standard",
-        conditioning_size=args.conditioning_size,
-        conditioner_initializer_range=args.conditioner_initializer_range,
-        num_latent_encoder_layers=args.num_latent_encoder_layers,
+        **latent_settings,
         **settings,
     )
     return VMDForMaskedDiffusion(config)

@@ -66,6 +66,9 @@ class VMDConfig(PreTrainedConfig):
             1509.00519). Several make up for a true posterior that is no Gaussian, and cost a pass of the denoiser
             each. Under `per_sample` with `objective_steps=(1,)` only: a single random step may not stand in a
             logarithm.
+        latent_min_tokens: Under `per_step`, the posterior is the prior where fewer tokens are revealed together. A
+            single token needs no latent, and two hardly gain what it costs: while they learn to do without, a model of
+            several numbers of steps can lose the latent where it pays.
         kl_weight: Weight (beta) of the KL term.
         kl_warmup_steps: Training-mode forward passes over which the weight of the KL term grows from 0 to
             `kl_weight`, as the cube of their share. Without it the posterior tends to collapse. 0 turns it off.
@@ -118,6 +121,7 @@ class VMDConfig(PreTrainedConfig):
     objective: Literal["vmd", "per_sample", "per_step"] = "vmd"
     objective_steps: list[int] | tuple[int, ...] = (1, 2, 4)
     objective_draws: int = 1
+    latent_min_tokens: int = 1
     kl_weight: float | int = 1.0
     kl_warmup_steps: int = 1000
     free_bits: float | int = 0.0
@@ -203,6 +207,11 @@ class VMDConfig(PreTrainedConfig):
         if not self.objective_steps or min(self.objective_steps) < 1:
             raise ValueError(
                 f"objective_steps must be one or more numbers of at least 1, got {list(self.objective_steps)}"
+            )
+        if self.latent_min_tokens < 1 or (self.latent_min_tokens > 1 and self.objective != "per_step"):
+            raise ValueError(
+                'latent_min_tokens must be at least 1, and 1 unless objective is "per_step", got '
+                f"{self.latent_min_tokens} and {self.objective!r}"
             )
         if self.objective_draws < 1:
             raise ValueError(f"objective_draws must be at least 1, got {self.objective_draws}")

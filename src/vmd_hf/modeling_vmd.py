@@ -872,8 +872,8 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         q_mean, kl_elements = None, None
         per_latent = (len(clean),) if self.config.block_size is None else (len(clean), layout.num_blocks)
         if self.latent_encoder is not None:
-            q_mean, q_log_variance = self.encode(clean, layout, maskable, corruption, before)
             prior = () if self.model.latent_prior is None else self.model.latent_prior(before)
+            q_mean, q_log_variance = self.encode(clean, layout, maskable, corruption, before, prior)
             kl_elements = gaussian_kl(q_mean, q_log_variance, *prior)  # (units, latent_size)
             kl_elements = kl_elements * corruption.revealed.any(-1, keepdim=True)
             mean, log_variance, *prior = (part[:, None] for part in (q_mean, q_log_variance, *prior))
@@ -935,10 +935,12 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         maskable: torch.Tensor,
         corruption: Corruption,
         before: torch.Tensor | None = None,
+        prior: tuple[torch.Tensor, ...] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of the posterior of the config's objective, each (batch * N, latent_size) float32.
 
-        `input_ids` (batch, N * width) are clean and on the grid; `maskable` and `corruption` are those of its units.
+        `input_ids` (batch, N * width) are clean and on the grid; `maskable` and `corruption` are those of its units,
+        and so are `before` and the learned `prior`.
         """
         masked, revealed = corruption.masked, corruption.revealed
         if self.config.objective == "per_sample":  # one z for all steps: q(z | x_0, all masked)
@@ -949,7 +951,12 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             real = layout.units(layout.real)
             real = real | ~real.any(-1, keepdim=True)  # a block of padding alone may attend to itself
         context = self.model.attention_context(embeddings, real, layout.units(layout.position_ids))
-        return self.latent_encoder(embeddings, masked, revealed, context, before)
+        posterior = self.latent_encoder(embeddings, masked, revealed, context, before)
+        if self.config.latent_min_tokens > 1:
+            enough = revealed.sum(-1, keepdim=True) >= self.config.latent_min_tokens
+            prior = prior or tuple(torch.zeros_like(part) for part in posterior)
+            posterior = tuple(torch.where(enough, *parts) for parts in zip(posterior, prior, strict=True))
+        return posterior
 
     def _draw_noise(self, units, layout, seeds):
         per_unit = self.config.objective_draws, self.config.latent_size
