@@ -37,15 +37,25 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FEW_STEPS = {"objective": "per_step", "objective_steps": [1, 2, 4]}
-# How each row changes the recipe.
-ROWS: dict[str, dict[str, Any]] = {
-    "autoregressive": {"latent_size": 0, "block_size": 1, "objective": "per_sample", "objective_steps": [1]},
-    "mdm": {"latent_size": 0, "objective": "vmd"},
-    "vmd": {"latent_size": 32, "objective": "vmd"},
-    "block-4": {"latent_size": 0, "block_size": 4, **FEW_STEPS},
-    "block-8": {"latent_size": 0, "block_size": 8, **FEW_STEPS},
-    "vmd-4": {"latent_size": 32, "block_size": 4, "prior": "learned", **FEW_STEPS},
-    "vmd-8": {"latent_size": 32, "block_size": 8, "prior": "learned", **FEW_STEPS},
+# Second half of a VMD's training: one step a block is what z is for, the others are not to be forgotten.
+WITH_LATENT = {
+    "latent_size": 16,
+    "prior": "learned",
+    "objective": "per_step",
+    "objective_steps": [1, 1, 1, 1, 1, 1, 2, 4],
+    "latent_min_tokens": 3,
+    "learning_rate": 1e-3,
+}
+# How each row changes the recipe. The numbers of updates make the training times about equal. The last of a row's
+# stages starts from the model of the one before: a denoiser that has learned what the context tells, before z does.
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "autoregressive": [{"block_size": 1, "objective": "per_sample", "objective_steps": [1], "max_steps": 4100}],
+    "mdm": [{"objective": "vmd", "max_steps": 10000}],
+    "vmd": [{"latent_size": 16, "objective": "vmd", "max_steps": 7000}],
+    "block-4": [{"block_size": 4, **FEW_STEPS, "max_steps": 4000}],
+    "block-8": [{"block_size": 8, **FEW_STEPS, "max_steps": 4100}],
+    "vmd-4": [{"block_size": 4, **FEW_STEPS, "max_steps": 2000}, {**WITH_LATENT, "max_steps": 1600}],
+    "vmd-8": [{"block_size": 8, **FEW_STEPS, "max_steps": 2050}, {**WITH_LATENT, "max_steps": 1600}],
 }
 
 
@@ -55,20 +65,26 @@ def run_row(
     """Trains and evaluates one model, unless its results are there."""
     if (folder / "row.json").exists():
         return json.loads((folder / "row.json").read_text())
-    settings = []
-    for name, value in ROWS[row].items():
-        settings += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     recipe, *changes = recipe_arguments
-    arguments = parse([recipe, *settings, *changes, f"--seed={seed}", f"--output_dir={folder}"])
-    arguments[2].resume_from_checkpoint = "true"
-    start, cpu_start = time.perf_counter(), time.process_time()
-    trainer = train(*arguments)
+    seconds, updates = 0.0, 0
+    for number, stage in enumerate(ROWS[row]):
+        stage_folder = folder / f"stage-{number}"
+        settings = ["--latent_size", "0"]
+        for name, value in stage.items():
+            settings += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        if number:
+            settings += ["--model_name_or_path", str(folder / f"stage-{number - 1}")]
+        arguments = parse([recipe, *settings, *changes, f"--seed={seed}", f"--output_dir={stage_folder}"])
+        arguments[2].resume_from_checkpoint = "true"
+        start = time.perf_counter()
+        trainer = train(*arguments)
+        seconds += time.perf_counter() - start
+        updates += trainer.state.global_step
     result = {
         "row": row,
         "seed": seed,
-        "updates": trainer.state.global_step,
-        "training_seconds": time.perf_counter() - start,
-        "training_cpu_seconds": time.process_time() - cpu_start,
+        "updates": updates,
+        "training_seconds": seconds,
         "parameters": trainer.model.num_parameters(),
         **evaluate_row(trainer.model, trainer.processing_class, arguments[1], num_eval_rows, split),
     }
@@ -90,7 +106,9 @@ def evaluate_row(
     rows = text_datasets(data_args.source, tokenizer, length, text_column=data_args.text_column)[split]
     batches = torch.as_tensor(rows[:num_eval_rows]["input_ids"]).to(model.device).split(50)
     num_steps = sorted({number for number in (1, 2, 4, 8) if number < width} | {width})
-    evaluation = EvaluationArguments(num_steps=num_steps, num_draws=[1, 16])
+    few, many = ([number for number in num_steps if (number > 8) == is_many] for is_many in (False, True))
+    evaluations = [EvaluationArguments(num_steps=few, num_draws=[1, 8])]
+    evaluations += [EvaluationArguments(num_steps=many)] if many else []
     samples = {
         str(number): tokenizer.decode(draw_samples(model, length, 1, 0, do_sample=True, num_steps=number)[0])
         for number in num_steps
@@ -100,7 +118,7 @@ def evaluate_row(
         "length": length,
         "passes_for_prior": int(model.config.prior == "learned"),
         "objective": evaluate_objective(model, batches),
-        "bounds": evaluate_bounds(model, batches, evaluation),
+        "bounds": [bound for evaluation in evaluations for bound in evaluate_bounds(model, batches, evaluation)],
         "samples": samples,
     }
 
@@ -150,7 +168,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--num_eval_rows", type=int, default=800, help="Rows to evaluate on.")
+    parser.add_argument("--num_eval_rows", type=int, default=300, help="Rows to evaluate on.")
     parser.add_argument("--eval_split", choices=["validation", "test"], default="test", help="validation: to tune on.")
     parser.add_argument("--output_dir", default="outputs/text_comparison")
     options, recipe_arguments = parser.parse_known_args(argv)
