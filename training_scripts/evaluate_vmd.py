@@ -1,17 +1,19 @@
 """Evaluate a saved model: print tables, and write them as JSON, lists of rows under a title.
 
     python training_scripts/evaluate_vmd.py --model outputs/d1 --setting d1
-    python training_scripts/evaluate_vmd.py --model outputs/sotu --task text
+    python training_scripts/evaluate_vmd.py --model outputs/sotu --task text --judge outputs/judge
+    python training_scripts/evaluate_vmd.py --model outputs/sotu_lora --task text \\
+        --where president=Roosevelt party=Democratic
     python training_scripts/evaluate_vmd.py --model outputs/sudoku --task sudoku --puzzles sudoku.csv
     python training_scripts/evaluate_vmd.py --model outputs/boards --task boards --num_steps 5 10 20 40 81
 
 Synthetic settings: accuracy (share of samples inside the support) and KL(target || samples) over the support in nats,
 a support point that was never sampled counted as half a sample. Text: the objective on the test split; upper bounds on
-the bits a token of the sampler of each number of steps, with their 95 % interval; and samples with the share of their
-words that occur in the training text. Sudoku: share of puzzles solved, with a 95 % interval
-(Wilson), for each remasking rule and number of steps, and by clue count and rating; with `--num_attempts` also how it
-grows when boards that break a rule are tried again in other symmetries, and the forward passes that a puzzle takes
-then. Boards: few clues that leave many
+the bits a token of the sampler of each number of steps, with their 95 % interval (of an adapter also without it); and
+samples with the share of their words that occur in the training text, and what a judge thinks of them and of as many
+test rows. Sudoku: share of puzzles solved, with a 95 % interval (Wilson), for each remasking rule and number of steps,
+and by clue count and rating; with `--num_attempts` also how it grows when boards that break a rule are tried again in
+other symmetries, and the forward passes that a puzzle takes then. Boards: few clues that leave many
 solutions, completed at temperature 1: the shares of valid boards and of valid rows, columns and boxes, and how many
 boards differ.
 """
@@ -27,6 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from peft import PeftConfig
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import binomtest
@@ -37,8 +40,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
-from vmd_hf import corpus_bound
+from vmd_hf import corpus_bound, metrics
 from vmd_hf.data.sudoku import (
     PuzzleTable,
     fill_by_attempts,
@@ -74,10 +78,12 @@ class EvaluationArguments:
     correlation: float | None = None
     source: str = "sotu"
     text_column: str = "text"
+    where: list[str] = field(default_factory=list, metadata={"help": "Documents to select: president=Lincoln ..."})
     num_steps: list[int] = field(default_factory=lambda: [1, 2, 4])
     num_samples: int = field(default=100_000, metadata={"help": "Samples of a synthetic setting."})
     batch_size: int = 10_000
     num_texts: int = field(default=32, metadata={"help": "Texts to sample."})
+    judge: str | None = field(default=None, metadata={"help": "Autoregressive model that reads the samples."})
     bound: Literal["per_sample", "per_step"] = field(default="per_step", metadata={"help": "See vmd_hf.nelbo."})
     num_draws: list[int] = field(
         default_factory=lambda: [1], metadata={"help": "Draws of z under the logarithm of a bound."}
@@ -181,15 +187,18 @@ def evaluate_bounds(
 
 def evaluate_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """The objective, bounds and samples."""
+) -> tuple[list[dict[str, Any]], ...]:
+    """The objective, bounds and samples; and, with a judge, the quality of samples, else no rows."""
     model.eval()
     length = model.config.max_position_embeddings
-    rows = text_datasets(args.source, tokenizer, length, text_column=args.text_column)["test"]
+    rows = text_datasets(args.source, tokenizer, length, text_column=args.text_column, where=args.where)["test"]
     batches = torch.as_tensor(rows[: args.num_eval_rows]["input_ids"]).to(model.device).split(50)
     documents = load_documents(args.source, text_column=args.text_column)["train"]
     known = {word for document in documents for word in clean_text8(document).split()}
-    samples = []
+    samples, quality = [], []
+    if args.judge:
+        test_texts = tokenizer.batch_decode(rows[: args.num_texts]["input_ids"])
+        quality.append({"num_steps": "(test rows)", **quality_of(test_texts, args.judge)})
     for num_steps in args.num_steps:
         start = time.perf_counter()
         ids = draw_samples(model, length, args.num_texts, args.seed, do_sample=True, num_steps=num_steps)
@@ -201,7 +210,20 @@ def evaluate_text(
             {"num_steps": num_steps, "known_words": share, "num_words": len(words), "seconds": seconds}
             | {"sample": texts[0]}
         )
-    return [evaluate_objective(model, batches)], evaluate_bounds(model, batches, args), samples
+        if args.judge:
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            quality.append({"num_steps": num_steps, **quality_of(texts, args.judge)})
+    bounds = evaluate_bounds(model, batches, args)
+    if find_adapter_config_file(args.model):
+        name = PeftConfig.from_pretrained(args.model).base_model_name_or_path
+        base = AutoModelForMaskedLM.from_pretrained(name).to(model.device).eval()
+        before = evaluate_bounds(base, batches, args)
+        bounds = [{"adapter": used, **row} for used, rows in (("no", before), ("yes", bounds)) for row in rows]
+    return [evaluate_objective(model, batches)], bounds, samples, quality
+
+
+def quality_of(texts: list[str], judge: str) -> dict[str, float]:
+    return metrics.load("text_quality").compute(predictions=texts, judge=judge)
 
 
 def puzzles_to_solve(args: EvaluationArguments) -> PuzzleTable:
@@ -352,12 +374,16 @@ def evaluate(model: PreTrainedModel, args: EvaluationArguments) -> dict[str, lis
     if args.task == "boards":
         results = list(evaluate_boards(model, tokenizer, args))
         return {f"{args.num_puzzles} boards from few clues, sampled: share valid, with its 95 % interval": results}
-    objective, bounds, samples = evaluate_text(model, tokenizer, args)
-    return {
-        f"{args.source}: objective, nats a token (not a perplexity with a latent)": objective,
-        f"{args.source}: upper bounds on the bits a token, with their 95 % interval": bounds,
-        f"{args.source}: {args.num_texts} sampled texts": samples,
+    objective, bounds, samples, quality = evaluate_text(model, tokenizer, args)
+    texts = ", ".join([args.source, *args.where])
+    tables = {
+        f"{texts}: objective, nats a token (not a perplexity with a latent)": objective,
+        f"{texts}: upper bounds on the bits a token, with their 95 % interval": bounds,
+        f"{texts}: {args.num_texts} sampled texts": samples,
     }
+    if quality:
+        tables[f"{texts}: {args.num_texts} sampled texts by the judge {args.judge}"] = quality
+    return tables
 
 
 def main(argv: list[str]) -> None:

@@ -80,6 +80,8 @@ def markdown(table: tuple[str, list[dict[str, Any]]]) -> str:
 
 
 def cell(value: Any) -> str:
+    if value is None:  # not measured
+        return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

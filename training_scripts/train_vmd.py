@@ -3,10 +3,12 @@
     python training_scripts/train_vmd.py training_scripts/recipes/d1.yaml
     python training_scripts/train_vmd.py training_scripts/recipes/sotu.yaml --seed 1 --output_dir outputs/sotu-1
     python training_scripts/train_vmd.py training_scripts/recipes/sotu.yaml --resume_from_checkpoint true
+    python training_scripts/train_vmd.py training_scripts/recipes/sotu_lora.yaml --model_name_or_path outputs/sotu
     accelerate launch --config_file training_scripts/accelerate_configs/gpu_8.yaml training_scripts/train_vmd.py ...
 
 The recipe is a YAML file of the arguments that `--help` lists; what stands on the command line wins. The model and its
-tokenizer are saved in `--output_dir`.
+tokenizer are saved in `--output_dir`; with `--lora_r`, an adapter of the model at `--model_name_or_path` is, which
+`AutoModelForMaskedLM.from_pretrained` and the other scripts take for a model.
 """
 
 import os
@@ -14,12 +16,14 @@ import sys
 import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import yaml
 from datasets import Dataset
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import (
     HfArgumentParser,
     PreTrainedTokenizerBase,
@@ -50,12 +54,17 @@ from vmd_hf.training import (
     last_whole_checkpoint,
 )
 
+LATENT_PATH = ["conditioner", "modulation", "latent_prior", "latent_encoder"]
+
 
 @dataclass
 class ModelArguments:
     """Fields of VMDConfig, and what follows from the length of training."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Start from this model."})
+    lora_r: int | None = field(default=None, metadata={"help": "Train an adapter of this rank on that model."})
+    lora_alpha: int = 16
+    lora_latent: bool = field(default=False, metadata={"help": "And train the whole latent path along with it."})
     hidden_size: int = 64
     num_hidden_layers: int = 2
     num_loops: int = 1
@@ -96,6 +105,7 @@ class DataArguments:
     structure: bool = field(default=True, metadata={"help": "Tell the model each cell's row, column and box."})
     source: str = field(default="sotu", metadata={"help": "sotu, local text files, or a dataset id on the Hub."})
     text_column: str = "text"
+    where: list[str] = field(default_factory=list, metadata={"help": "Documents to select: president=Lincoln ..."})
     sequence_length: int = 128
     num_eval_rows: int = field(default=1000, metadata={"help": "Rows to evaluate on while training."})
 
@@ -136,7 +146,9 @@ def build_data(args: DataArguments) -> tuple[PreTrainedTokenizerBase, Dataset, D
         train, validation = range(args.num_eval_rows, count), range(args.num_eval_rows)
         return tokenizer, rows.select(train), rows.select(validation)
     tokenizer = character_tokenizer()
-    splits = text_datasets(args.source, tokenizer, args.sequence_length, text_column=args.text_column)
+    splits = text_datasets(
+        args.source, tokenizer, args.sequence_length, text_column=args.text_column, where=args.where
+    )
     validation = splits["validation"]
     return tokenizer, splits["train"], validation.select(range(min(args.num_eval_rows, len(validation))))
 
@@ -191,6 +203,26 @@ def build_model(
         **settings,
     )
     return VMDForMaskedDiffusion(config)
+
+
+def build_adapted_model(args: ModelArguments) -> PeftModel:
+    """The given model, all of whose settings hold, with a new adapter, or with the one that it is.
+
+    The KL term has its full weight from the start: a warm-up's progress is part of no adapter.
+
+    Raises:
+        ValueError: no model is given.
+    """
+    if args.model_name_or_path is None:
+        raise ValueError("model_name_or_path must name the model that lora_r adapts, got None")
+    name, settings = args.model_name_or_path, {"attn_implementation": args.attn_implementation, "kl_warmup_steps": 0}
+    if Path(name, "adapter_config.json").is_file():
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+        model = VMDForMaskedDiffusion.from_pretrained(base, **settings)
+        return PeftModel.from_pretrained(model, name, is_trainable=True)
+    model = VMDForMaskedDiffusion.from_pretrained(name, **settings)
+    modules = LATENT_PATH if args.lora_latent else None
+    return get_peft_model(model, LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, modules_to_save=modules))
 
 
 def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -254,7 +286,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     )
     if finished:
         model_args.model_name_or_path = resume
-    model = build_model(model_args, tokenizer, length, forwards, groups)
+    if model_args.lora_r is None:
+        model = build_model(model_args, tokenizer, length, forwards, groups)
+    else:
+        model = build_adapted_model(model_args)
+        model.print_trainable_parameters()
 
     callbacks: list[TrainerCallback] = [SeededNoiseCallback(), FiniteGradientsCallback()]
     if model_args.ema_decay is not None:

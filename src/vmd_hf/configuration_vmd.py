@@ -1,6 +1,7 @@
 """Configuration of Variational Masked Diffusion models (arXiv 2510.23606)."""
 
 import math
+import sys
 from functools import wraps
 from typing import Literal
 
@@ -74,7 +75,9 @@ class VMDConfig(PreTrainedConfig):
             several numbers of steps can lose the latent where it pays.
         kl_weight: Weight (beta) of the KL term.
         kl_warmup_steps: Training-mode forward passes over which the weight of the KL term grows from 0 to
-            `kl_weight`, as the cube of their share. Without it the posterior tends to collapse. 0 turns it off.
+            `kl_weight`, as the cube of their share. Without it the posterior tends to collapse. 0 turns it off. Its
+            progress is saved with the weights, but not with an adapter of PEFT: train one on a model that was loaded
+            with `kl_warmup_steps=0`, or it warms up again from where the model stopped, whenever it is resumed.
         free_bits: Lower bound, in nats for each row and latent dimension, under which the KL term is not pushed
             (training mode only).
         time_epsilon: Smallest time of the `vmd` objective: `t = eps + (1 - eps) u`.
@@ -153,6 +156,16 @@ class VMDConfig(PreTrainedConfig):
         if isinstance(self.backbone_config, dict):
             self.backbone_config = AutoConfig.for_model(**self.backbone_config)
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict:
+        """As everywhere. PEFT asks for it before it looks up what `LoraConfig()` adapts in a model of this type, which
+        it is told here: it may have been imported at any time before."""
+        if (peft := sys.modules.get("peft")) is not None:
+            targets = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+            # The package's own layers, and what a backbone may call the projections to queries and values.
+            names = ["qkv_proj", "o_proj", "query", "value", "q_lin", "v_lin", "q_proj", "v_proj", "query_proj"]
+            targets.setdefault(self.model_type, [*names, "value_proj", "Wqkv"])
+        return super().to_dict()
 
     @property
     def forbidden_token_ids(self) -> list[int]:

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -402,15 +401,6 @@ class VMDConditioner(nn.Module):
         return self.act(self.out_proj(self.act(self.in_proj(latents.to(self.in_proj.bias.dtype)))))
 
 
-def register_lora_targets() -> None:
-    """Lets `LoraConfig()` do without target modules. At construction: PEFT may be imported after this module."""
-    if (peft := sys.modules.get("peft")) is not None:
-        targets = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-        # The package's own layers, and what a backbone may call the projections to queries and values.
-        names = ["qkv_proj", "o_proj", "query", "value", "q_lin", "v_lin", "q_proj", "v_proj", "query_proj"]
-        targets.setdefault(VMDConfig.model_type, [*names, "value_proj", "Wqkv"])
-
-
 class VMDModel(VMDPreTrainedModel):
     """The denoiser p_theta(x_0 | x_t, z) up to its hidden states: a transformer conditioned on z, bidirectional or,
     with `block_size`, bidirectional within a block and causal over blocks."""
@@ -752,7 +742,6 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
 
     def __init__(self, config: VMDConfig):
         super().__init__(config)
-        register_lora_targets()
         self.model = VMDModel(config) if config.backbone_config is None else VMDBackbone(config)
         self.lm_head = None
         if config.backbone_config is None:

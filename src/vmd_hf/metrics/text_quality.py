@@ -1,12 +1,16 @@
 """Generated texts: what a judge model thinks of them, and how they vary."""
 
 import math
+import os
 from collections import Counter
 
 import datasets
 import evaluate
 import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
+from vmd_hf import VMDConfig
 from vmd_hf.likelihood import nelbo
 
 _DESCRIPTION = """Quality of generated texts: perplexity under a judge, an autoregressive model that the user names;
@@ -17,9 +21,9 @@ it, and a low distinct-n and entropy."""
 _KWARGS_DESCRIPTION = """
 Args:
     predictions: texts.
-    judge: a causal language model of transformers, or its name; or a VMD model with block_size = 1 and no latent,
-        which is one, too. None for no perplexity.
-    judge_tokenizer: its tokenizer; default: loaded by the judge's name.
+    judge: a causal language model of transformers, or a VMD model with block_size = 1 and no latent, whose bound is
+        its exact likelihood; the model itself, or its folder or Hub id. None for no perplexity.
+    judge_tokenizer: its tokenizer; default: that of the folder or id.
     words: a collection of known words; None for no share.
     max_n: distinct-1 to distinct-max_n.
     batch_size: texts at a time that the judge reads.
@@ -68,29 +72,34 @@ class TextQuality(evaluate.Metric):
 def judge_perplexity(texts, judge, tokenizer, batch_size: int) -> float:
     """exp of the mean negative log-probability of a token given those before it. A causal model of transformers has
     none for the first token of a text."""
-    if isinstance(judge, str):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    if isinstance(judge, str | os.PathLike):
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(judge)
-        judge = AutoModelForCausalLM.from_pretrained(judge)
+        is_vmd = AutoConfig.from_pretrained(judge).model_type == VMDConfig.model_type
+        judge = (AutoModelForMaskedLM if is_vmd else AutoModelForCausalLM).from_pretrained(judge)
     if tokenizer is None:
         raise ValueError("judge_tokenizer must be given with a judge that is a model, got None")
-    if judge.config.model_type == "vmd" and (judge.config.block_size != 1 or judge.config.latent_size):
+    is_vmd = judge.config.model_type == VMDConfig.model_type
+    if is_vmd and (judge.config.block_size != 1 or judge.config.latent_size):
         raise ValueError(
             "judge must be autoregressive: a VMD model with block_size = 1 and latent_size = 0, got "
             f"{judge.config.block_size} and {judge.config.latent_size}"
         )
     judge.eval()
+    texts = [text for text in texts if text]
     nats, tokens = 0.0, 0
     for start in range(0, len(texts), batch_size):
-        batch = tokenizer(texts[start : start + batch_size], padding=True, return_tensors="pt").to(judge.device)
-        if judge.config.model_type == "vmd":
-            output = nelbo(judge, batch["input_ids"], attention_mask=batch["attention_mask"], num_steps=1)
+        # On the right, where a causal model does not see it; and many of them have no token for padding.
+        rows = tokenizer(texts[start : start + batch_size])["input_ids"]
+        rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+        input_ids = pad_sequence(rows, batch_first=True).to(judge.device)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(judge.device)
+        if is_vmd:
+            output = nelbo(judge, input_ids, attention_mask=mask, num_steps=1)
             nats, tokens = nats + output.nelbo.sum().item(), tokens + int(output.num_tokens.sum())
             continue
-        logits = judge(**batch).logits[:, :-1].float()
-        scored = batch["attention_mask"][:, 1:] * batch["attention_mask"][:, :-1]
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
+        logits = judge(input_ids=input_ids, attention_mask=mask).logits[:, :-1].float()
+        scored = mask[:, 1:]
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
         nats += (losses * scored).sum().item()
         tokens += int(scored.sum())
     if tokens == 0:
