@@ -64,7 +64,9 @@ def padded_rows(draw, rows=rows_of_digits):
     rows = draw(rows)
     width = max(map(len, rows)) + draw(st.integers(0, 2))
     starts = [draw(st.integers(0, width - len(row))) for row in rows]
-    input_ids = torch.full((len(rows), width), draw(st.sampled_from([PAD, 3])))  # what stands there does not matter
+    input_ids = torch.full(
+        (len(rows), width), draw(st.sampled_from([PAD, 3, MASK]))
+    )  # what stands there does not matter
     attention_mask = torch.zeros_like(input_ids)
     for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
         input_ids[index, start : start + len(row)] = torch.tensor(row)
