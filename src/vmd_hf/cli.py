@@ -108,6 +108,13 @@ def push(options: Arguments = None) -> None:
     run_script(push, "push_to_hub", options or [])
 
 
+@app.command("lm-eval", context_settings=_PASS_ON, add_help_option=False)
+def lm_eval(options: Arguments = None) -> None:
+    """The command of lm-evaluation-harness, to which the model vmd is known. Example: vmd-hf lm-eval --model vmd
+    --model_args pretrained=DIR,num_steps=4 --tasks NAME --include_path FOLDER"""
+    run_script(lm_eval, "vmd_hf.harness", options or [])
+
+
 def main() -> None:
     app()
 

@@ -1,0 +1,479 @@
+"""What holds for any rows, lengths, padding and numbers of steps: examples by hypothesis, always the same ones."""
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import MASK, PAD, pad_row, seeded, tiny_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vmd_hf import nelbo
+from vmd_hf.masking_vmd import lay_out_blocks
+from vmd_hf.noise_vmd import (
+    corrupt_at_time,
+    corrupt_before_step,
+    hashed_noise,
+    num_revealed,
+    seeded_noise,
+    step_schedule,
+    stratified_uniform,
+)
+
+COMMON = {
+    "derandomize": True,
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+}
+cheap = settings(max_examples=60, **COMMON)
+few = settings(max_examples=25, **COMMON)
+
+MODELS = {
+    "whole": {},
+    "whole, no latent": {"latent_size": 0, "objective": "per_sample"},
+    "blocks": {"block_size": 3, "objective": "per_step"},
+    "blocks, learned prior": {"block_size": 2, "prior": "learned", "objective": "per_sample"},
+    "autoregressive": {"block_size": 1, "latent_size": 0},
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+@functools.cache
+def model_of(name):
+    # With rotary positions alone, the tokens of a text of masks are equally sure, and rounding says which comes first.
+    return tiny_model(
+        num_hidden_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        position_embedding_type="learned",
+        **MODELS[name],
+    )
+
+
+digit = st.integers(0, 9)
+rows_of_digits = st.lists(st.lists(digit, min_size=1, max_size=7), min_size=1, max_size=4)
+sides = st.sampled_from(["left", "right"])
+
+
+@st.composite
+def padded_rows(draw, rows=rows_of_digits):
+    """Rows, and them as a batch with any padding on both sides: (rows, input_ids, attention_mask, starts)."""
+    rows = draw(rows)
+    width = max(map(len, rows)) + draw(st.integers(0, 2))
+    starts = [draw(st.integers(0, width - len(row))) for row in rows]
+    input_ids = torch.full(
+        (len(rows), width), draw(st.sampled_from([PAD, 3, MASK]))
+    )  # what stands there does not matter
+    attention_mask = torch.zeros_like(input_ids)
+    for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        input_ids[index, start : start + len(row)] = torch.tensor(row)
+        attention_mask[index, start : start + len(row)] = 1
+    return rows, input_ids, attention_mask, starts
+
+
+@st.composite
+def flagged(draw, rows):
+    """For each row as many booleans as it has tokens."""
+    return [draw(st.lists(st.booleans(), min_size=len(row), max_size=len(row))) for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise and the schedule
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@cheap
+@given(n=st.integers(0, 3000), num_steps=st.integers(1, 4000))
+def test_after_step_k_exactly_floor_k_n_over_t_tokens_are_revealed(n, num_steps):
+    row_steps = step_schedule(torch.tensor([n]), num_steps)
+    assert row_steps.item() == min(n, num_steps)
+    counts = num_revealed(torch.arange(row_steps.item() + 1), torch.tensor(n), row_steps)
+    assert counts.tolist() == [k * n // max(row_steps.item(), 1) for k in range(row_steps.item() + 1)]
+    assert counts[0] == 0 and counts[-1] == n and (counts.diff() >= 1).all()
+
+
+@st.composite
+def maskable_rows(draw):
+    """(batch, length) bool and uniform numbers of the same shape, a few of them equal."""
+    batch, length = draw(st.integers(1, 4)), draw(st.integers(1, 9))
+    flags = draw(st.lists(st.booleans(), min_size=batch * length, max_size=batch * length))
+    noise = draw(st.lists(st.integers(0, 15), min_size=batch * length, max_size=batch * length))
+    return torch.tensor(flags).view(batch, length), torch.tensor(noise).view(batch, length) / 16
+
+
+@cheap
+@given(maskable_rows(), st.data())
+def test_at_a_time_what_is_maskable_and_below_it_is_masked(rows, data):
+    maskable, noise = rows
+    sixteenths = data.draw(st.lists(st.integers(1, 16), min_size=len(maskable), max_size=len(maskable)))
+    state = corrupt_at_time(maskable, torch.tensor(sixteenths) / 16, noise)
+    for row, time in enumerate(sixteenths):
+        expected = [bool(m) and round(16 * u) < time for m, u in zip(maskable[row], noise[row].tolist(), strict=True)]
+        assert state.masked[row].tolist() == state.revealed[row].tolist() == expected
+        assert state.weight[row].item() == pytest.approx(16 / time)
+
+
+@cheap
+@given(maskable_rows(), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.data())
+def test_the_steps_of_an_objective_part_the_maskable_tokens_in_the_order_of_the_noise(rows, objective_steps, data):
+    maskable, noise = rows
+    which = data.draw(st.integers(0, len(objective_steps) - 1))
+    counts = maskable.sum(-1)
+    row_steps = [max(min(objective_steps[which], n), 1) for n in counts.tolist()]
+    revealed_before = torch.zeros_like(maskable)
+    for k in range(1, max(row_steps) + 1):
+        # The middle of the interval of times that stand for this step.
+        times = torch.tensor([(which + (min(k, T) - 0.5) / T) / len(objective_steps) for T in row_steps])
+        state = corrupt_before_step(maskable, times, noise, objective_steps)
+        for row, (n, T) in enumerate(zip(counts.tolist(), row_steps, strict=True)):
+            if k > T:
+                continue
+            assert state.masked[row].tolist() == (maskable & ~revealed_before)[row].tolist()
+            assert state.revealed[row].sum() == k * n // T - (k - 1) * n // T
+            later = state.masked[row] & ~state.revealed[row]
+            if state.revealed[row].any() and later.any():
+                assert noise[row][state.revealed[row]].max() <= noise[row][later].min()
+            assert state.weight[row] == min(objective_steps[which], n)
+            revealed_before[row] |= state.revealed[row]
+    assert torch.equal(revealed_before, maskable)
+
+
+@cheap
+@given(st.integers(1, 40))
+def test_times_of_a_batch_are_one_in_each_interval(batch):
+    times = stratified_uniform(batch, torch.device("cpu"))
+    assert sorted(int(t * batch) for t in times.double().tolist()) == list(range(batch))
+
+
+@cheap
+@given(padded_rows(), st.integers(0, 3))
+def test_hashed_noise_belongs_to_the_row(batch, latent_size):
+    rows, input_ids, attention_mask, starts = batch
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    times, noise, latents = hashed_noise(input_ids, attention_mask, position_ids, latent_size)
+    assert ((0 <= times) & (times < 1)).all() and ((0 <= noise) & (noise < 1)).all() and latents.isfinite().all()
+    for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        alone = hashed_noise(torch.tensor([row]), None, torch.arange(len(row))[None], latent_size)
+        assert torch.equal(times[index], alone[0][0]) and torch.equal(latents[index], alone[2][0])
+        assert torch.equal(noise[index, start : start + len(row)], alone[1][0])
+
+
+@cheap
+@given(st.lists(st.integers(-(2**62), 2**62), min_size=1, max_size=5), st.integers(1, 4))
+def test_seeded_noise_belongs_to_the_seed(seeds, num_blocks):
+    def noise(seeds):
+        positions = torch.arange(3).expand(len(seeds) * num_blocks, 3)
+        return [part.unflatten(0, (len(seeds), num_blocks)) for part in seeded_noise(seeds, num_blocks, positions, 2)]
+
+    together = noise(torch.tensor(seeds))
+    for index, seed in enumerate(seeds):
+        for one, other in zip(together, noise(torch.tensor([seed])), strict=True):
+            assert torch.equal(one[index], other[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def assert_laid_out(layout, input_ids, real, positions, documents, block_size):
+    """Every token has a column of its own, at its position's place in a block of its document's own."""
+    grid = layout.scatter(input_ids, -1)
+    assert torch.equal(layout.gather(grid)[real], input_ids[real])
+    on_grid = torch.ones_like(grid, dtype=torch.bool) if layout.real is None else layout.real
+    assert on_grid.sum(-1).tolist() == real.sum(-1).tolist()
+    assert layout.num_blocks * layout.width == grid.shape[1] and layout.width == block_size
+    columns = layout.gather(torch.arange(grid.shape[1]).expand_as(grid))
+    for row in range(len(input_ids)):
+        mine = columns[row][real[row]].tolist()
+        assert mine == sorted(set(mine))
+        at = positions[row][real[row]].tolist()
+        assert [column % block_size for column in mine] == [position % block_size for position in at]
+        assert layout.position_ids[row][mine].tolist() == at
+        of_block = {}
+        for column, document in zip(mine, documents[row][real[row]].tolist(), strict=True):
+            assert of_block.setdefault(column // block_size, document) == document
+        if mine:
+            assert mine[0] == 0
+
+
+@cheap
+@given(padded_rows(), st.integers(1, 5))
+def test_rows_come_back_from_the_grid_of_blocks(batch, block_size):
+    _, input_ids, attention_mask, _ = batch
+    real = attention_mask != 0
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    nothing = torch.zeros_like(input_ids)
+    layout = lay_out_blocks(input_ids, attention_mask, None, block_size)
+    assert_laid_out(layout, input_ids, real, positions, nothing, block_size)
+    everywhere = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    layout = lay_out_blocks(input_ids, None, None, block_size)
+    assert_laid_out(layout, input_ids, torch.ones_like(real), everywhere, nothing, block_size)
+
+
+@cheap
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(0, 3), sides, st.integers(1, 4))
+def test_packed_rows_come_back_from_the_grid_of_blocks(lengths, padding, side, block_size):
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    documents = torch.cat([torch.full((length,), index) for index, length in enumerate(lengths)])
+    width = len(positions) + padding
+    positions, documents, real = (
+        pad_row(part, width, side, 0) for part in (positions, documents, torch.ones_like(positions))
+    )
+    input_ids = torch.arange(width)[None]
+    layout = lay_out_blocks(input_ids, real, positions, block_size)
+    assert_laid_out(layout, input_ids, real != 0, positions, documents, block_size)
+    assert layout.num_blocks == sum(-(-length // block_size) for length in lengths)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models: a row's own result, whatever stands beside it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def latents_for(model, batch, num_blocks):
+    size = model.config.latent_size
+    if size == 0:
+        return None
+    shape = (batch, size) if model.config.block_size is None else (batch, num_blocks, size)
+    return torch.linspace(-1, 1, math.prod(shape)).view(shape)
+
+
+@every_model
+@few
+@given(padded_rows(), st.data())
+def test_logits_do_not_depend_on_padding(name, batch, data):
+    model = model_of(name)
+    rows, input_ids, attention_mask, starts = batch
+    masks = data.draw(flagged(rows))
+    rows = [[MASK if m else token for token, m in zip(*pair, strict=True)] for pair in zip(rows, masks, strict=True)]
+    for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        input_ids[index, start : start + len(row)] = torch.tensor(row)
+    num_blocks = model.model.lay_out(input_ids, attention_mask).num_blocks
+    latents = latents_for(model, len(rows), num_blocks)
+    with torch.no_grad():
+        logits = model(input_ids, attention_mask, latents=latents).logits
+        for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            own = None if latents is None else latents[index : index + 1]
+            if own is not None and model.config.block_size is not None:
+                own = own[:, : -(-len(row) // model.config.block_size)]
+            alone = model(torch.tensor([row]), latents=own).logits
+            torch.testing.assert_close(logits[index, start : start + len(row)], alone[0], rtol=1e-4, atol=1e-4)
+
+
+def labels_of(rows, flags, input_ids, starts):
+    labels = torch.full_like(input_ids, -100)
+    for index, (row, kept, start) in enumerate(zip(rows, flags, starts, strict=True)):
+        labels[index, start : start + len(row)] = torch.tensor(
+            [token if keep else -100 for token, keep in zip(row, kept, strict=True)]
+        )
+    return labels
+
+
+@every_model
+@few
+@given(padded_rows(), st.data())
+def test_a_loss_is_the_sum_of_the_rows_own(name, batch, data):
+    model = model_of(name)
+    rows, input_ids, attention_mask, starts = batch
+    labels = labels_of(rows, data.draw(flagged(rows)), input_ids, starts)
+    seeds = torch.tensor(data.draw(st.lists(st.integers(0, 999), min_size=len(rows), max_size=len(rows))))
+    for noise in ({"noise_seeds": seeds}, {}):  # {}: a hash of the row
+        with torch.no_grad():
+            together = model(input_ids, attention_mask, labels=labels, num_items_in_batch=1, **noise)
+            total = torch.zeros(())
+            for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
+                here = slice(index, index + 1), slice(start, start + len(row))
+                own = {key: value[index : index + 1] for key, value in noise.items()}
+                total += model(input_ids[here], labels=labels[here], num_items_in_batch=1, **own).loss
+        torch.testing.assert_close(together.loss, total, rtol=1e-4, atol=1e-3)
+
+
+@every_model
+@few
+@given(padded_rows(), st.integers(1, 8), st.sampled_from(["per_sample", "per_step"]), st.data())
+def test_a_bound_belongs_to_the_row_and_a_row_without_labels_costs_nothing(name, batch, num_steps, bound, data):
+    model = model_of(name)
+    rows, input_ids, attention_mask, starts = batch
+    labels = labels_of(rows, data.draw(flagged(rows)), input_ids, starts)
+    kwargs = {"bound": bound, "num_steps": num_steps, "batch_size": data.draw(st.integers(1, 5))}
+    together = nelbo(
+        model, input_ids, labels, attention_mask, generator=[seeded(index) for index in range(len(rows))], **kwargs
+    )
+    assert together.num_tokens.tolist() == (labels != -100).sum(-1).tolist()
+    assert (together.kl >= 0).all() and (together.reconstruction >= 0).all()
+    torch.testing.assert_close(together.nelbo, together.reconstruction + together.kl)
+    assert (together.nelbo[together.num_tokens == 0] == 0).all()
+    for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        here = slice(index, index + 1), slice(start, start + len(row))
+        alone = nelbo(model, input_ids[here], labels[here], generator=[seeded(index)], **kwargs)
+        torch.testing.assert_close(together.nelbo[index], alone.nelbo[0], rtol=1e-4, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bounds whose value is known
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def log_probability(model, row, masked, revealed):
+    x_t = torch.tensor([row])
+    x_t[0, masked] = MASK
+    log_probabilities = model(x_t).logits.double().log_softmax(-1)[0]
+    return sum(log_probabilities[position, row[position]].item() for position in revealed)
+
+
+@pytest.mark.parametrize("name", ["whole, no latent", "autoregressive"])
+@few
+@given(st.lists(digit, min_size=1, max_size=6), st.data())
+def test_one_step_without_a_latent_is_exact(name, row, data):
+    model = model_of(name)
+    kept = data.draw(st.lists(st.booleans(), min_size=len(row), max_size=len(row)))
+    scored = [position for position, keep in enumerate(kept) if keep]
+    labels = torch.tensor([[token if keep else -100 for token, keep in zip(row, kept, strict=True)]])
+    if model.config.block_size is None:
+        exact = -log_probability(model, row, scored, scored)
+    else:  # a block is one token, which sees those before it
+        exact = -sum(log_probability(model, row[: position + 1], [position], [position]) for position in scored)
+    output = nelbo(model, torch.tensor([row]), labels, num_steps=1)
+    assert output.nelbo.item() == pytest.approx(exact, rel=1e-4, abs=1e-4) and output.standard_error.item() == 0
+
+
+@few
+@given(st.lists(digit, min_size=3, max_size=3), st.integers(0, 10**6))
+def test_a_token_a_step_is_one_of_the_orders_and_their_mean_is_a_bound(row, seed):
+    model = model_of("whole, no latent")
+    orders = [
+        sum(log_probability(model, row, order[k:], order[k : k + 1]) for k in range(3))
+        for order in map(list, itertools.permutations(range(3)))
+    ]
+    output = nelbo(model, torch.tensor([row]), num_steps=3, generator=seeded(seed))
+    assert min(abs(output.nelbo.item() + log_p) for log_p in orders) < 1e-3
+    many = nelbo(model, torch.tensor([row]), num_steps=3, num_orders=300, batch_size=900, generator=seeded(seed))
+    exact = -math.log(sum(map(math.exp, orders)) / 6)
+    assert many.nelbo.item() > exact - 5 * many.standard_error.item()
+    assert abs(many.nelbo.item() + sum(orders) / 6) < 5 * many.standard_error.item() + 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@every_model
+@few
+@given(
+    padded_rows(
+        st.lists(st.lists(st.sampled_from([*range(10), *[MASK] * 10]), min_size=1, max_size=7), max_size=4, min_size=1)
+    ),
+    st.integers(1, 8),
+    st.sampled_from(["random", "top_prob", "top_prob_margin", "entropy"]),
+    st.booleans(),
+)
+def test_generation_fills_all_masks_and_touches_nothing_else(name, batch, num_steps, remasking, do_sample):
+    model = model_of(name)
+    rows, input_ids, attention_mask, starts = batch
+    settings = {"num_steps": num_steps, "remasking": remasking, "do_sample": do_sample}
+    settings |= {"return_dict_in_generate": True, "output_history": True}
+    generators = [seeded(index) for index in range(len(rows))]
+    output = model.generate(input_ids, attention_mask, generator=generators, **settings)
+    open_places = (input_ids == MASK) & (attention_mask != 0)
+    assert torch.equal(output.sequences[~open_places], input_ids[~open_places])
+    assert torch.isin(output.sequences[open_places], torch.arange(10)).all()
+    width = model.config.block_size or 7
+    for index, row in enumerate(rows):
+        counts = [row[start : start + width].count(MASK) for start in range(0, len(row), width)]
+        passes = sum(min(num_steps, count) for count in counts)
+        if model.config.prior == "learned":  # one more for every filled block with another before it
+            passes += sum(count > 0 for count in counts[1:])
+        assert output.num_forward_passes[index] == passes
+        # What is still masked of the first block to be filled, step by step.
+        first = next((number for number, count in enumerate(counts) if count), None)
+        if first is not None:
+            begin = starts[index] + first * width
+            mine = slice(begin, min(begin + width, starts[index] + len(row)))
+            n, steps = counts[first], min(num_steps, counts[first])
+            left = [(state[index, mine] == MASK).sum().item() for state in output.history[:steps]]
+            assert left == [n - k * n // steps for k in range(1, steps + 1)]
+        alone = model.generate(
+            torch.tensor([row]),
+            generator=[seeded(index)],
+            **(settings | {"return_dict_in_generate": False, "output_history": False}),
+        )
+        assert output.sequences[index, starts[index] : starts[index] + len(row)].tolist() == alone[0].tolist()
+
+
+@every_model
+@few
+@given(padded_rows(), st.integers(1, 5), st.integers(1, 8))
+def test_a_prompt_is_kept_and_goes_on_at_the_end(name, batch, max_new_tokens, num_steps):
+    model = model_of(name)
+    rows, input_ids, attention_mask, _ = batch
+    settings = {"num_steps": num_steps, "max_new_tokens": max_new_tokens}
+    generators = [seeded(index) for index in range(len(rows))]
+    filled = model.generate(input_ids, attention_mask, generator=generators, **settings)
+    assert filled.shape == (len(rows), input_ids.shape[1] + max_new_tokens)
+    for index, row in enumerate(rows):
+        assert filled[index, -max_new_tokens - len(row) : -max_new_tokens].tolist() == row
+        alone = model.generate(torch.tensor([row]), generator=[seeded(index)], **settings)[0]
+        assert filled[index, -max_new_tokens:].tolist() == alone[len(row) :].tolist()
+        assert torch.isin(alone, torch.arange(10)).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@every_model
+@few
+@given(padded_rows(), st.data())
+def test_one_bad_token_anywhere_is_an_error(name, batch, data):
+    model = model_of(name)
+    rows, input_ids, attention_mask, starts = batch
+    labels = labels_of(rows, [[True] * len(row) for row in rows], input_ids, starts)
+    row = data.draw(st.integers(0, len(rows) - 1))
+    column = starts[row] + data.draw(st.integers(0, len(rows[row]) - 1))
+    problems = {
+        "hidden": "labels must be -100 where attention_mask is 0",
+        "forbidden": "labels must not hold the mask token",
+        "other": "labels must equal input_ids",
+    }
+    problem = data.draw(st.sampled_from(list(problems)))
+    if problem == "hidden":
+        attention_mask[row, column] = 0
+    elif problem == "forbidden":
+        input_ids[row, column] = labels[row, column] = data.draw(st.sampled_from([MASK, PAD]))
+    else:
+        labels[row, column] = (labels[row, column] + data.draw(st.integers(1, 9))) % 10
+    for call in (lambda **kwargs: model(**kwargs), lambda **kwargs: nelbo(model, **kwargs)):
+        with pytest.raises(ValueError, match=problems[problem]):
+            call(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+@every_model
+@few
+@given(padded_rows(), st.data())
+def test_a_wrong_number_of_anything_is_an_error(name, batch, data):
+    model = model_of(name)
+    rows, input_ids, attention_mask, _ = batch
+    shape = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 9)).filter(lambda s: s != tuple(input_ids.shape)))
+    wrong = torch.ones(shape, dtype=torch.long)
+    generators = [seeded(0)] * data.draw(st.integers(0, 6).filter(lambda count: count != len(rows)))
+    number = data.draw(st.integers(-3, 0))
+    for call, message in (
+        (lambda: model(input_ids, wrong), "attention_mask must have the shape of input_ids"),
+        (lambda: model(input_ids, attention_mask, labels=wrong), "labels must have the shape of input_ids"),
+        (lambda: nelbo(model, input_ids, wrong), "labels must have the shape of input_ids"),
+        (lambda: nelbo(model, input_ids, attention_mask=wrong), "attention_mask must have the shape of input_ids"),
+        (lambda: nelbo(model, input_ids, generator=generators), "generator must hold one for each"),
+        (lambda: nelbo(model, input_ids, num_steps=number), "num_steps must be at least 1"),
+        (lambda: model.generate(input_ids, wrong), "attention_mask must have the shape of input_ids"),
+        (lambda: model.generate(input_ids, generator=generators), "generator must hold one for each"),
+        (lambda: model.generate(input_ids, num_steps=number), "num_steps must be None or an integer of at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
