@@ -1,6 +1,9 @@
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +32,7 @@ def saved(tmp_path_factory):
 def test_help_teaches_and_lists_the_options_of_the_scripts():
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("train", "generate", "evaluate", "solve", "push"):
+    for command in ("train", "generate", "evaluate", "solve", "push", "demo"):
         assert command in result.output
     assert "vmd-hf train d1" in result.output and "VMD_HF_DEBUG" in result.output
     result = run("train", "--help")
@@ -107,3 +110,41 @@ def test_the_command_itself_and_its_completion():
     )
     assert process.returncode == 2 and process.stderr.startswith("vmd-hf: recipe must be a YAML file or one of")
     assert cli._complete_recipe("d2") == ["d2", "d2_blocks"]
+
+
+def test_bash_completes_commands_with_the_script_that_the_command_prints():
+    command = Path(sys.executable).with_name("vmd-hf")
+    if shutil.which("bash") is None or not command.exists():
+        pytest.skip("bash or the installed command vmd-hf is not there")
+    script = """
+        eval "$(vmd-hf --show-completion)"
+        complete -p vmd-hf
+        COMP_WORDS=(vmd-hf e); COMP_CWORD=1; _vmd_hf_completion vmd-hf
+        echo "${COMPREPLY[@]}"
+    """
+    environment = {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}"}
+    process = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, timeout=300, env=environment, check=True
+    )
+    assert process.stdout.split() == [*"complete -o default -F _vmd_hf_completion vmd-hf".split(), "evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("shell", "words", "expected"),
+    [
+        ("bash", {"COMP_WORDS": "vmd-hf train d2", "COMP_CWORD": "2"}, ["d2", "d2_blocks"]),
+        (
+            "bash",
+            {"COMP_WORDS": "vmd-hf demo --s", "COMP_CWORD": "2"},
+            ["--sudoku", "--setting", "--share", "--space"],
+        ),
+        ("fish", {"_TYPER_COMPLETE_ARGS": "vmd-hf pu", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}, ["push"]),
+        ("zsh", {"_TYPER_COMPLETE_ARGS": "vmd-hf so"}, ["solve"]),
+    ],
+)
+def test_shells_complete_commands_recipes_and_options(shell, words, expected):
+    result = CliRunner().invoke(cli.app, [], env={"_VMD_HF_COMPLETE": f"complete_{shell}", **words})
+    assert result.exit_code == 0
+    for word in expected:
+        assert word in result.output.replace('"', " ").split()
+    assert "generate" not in result.output

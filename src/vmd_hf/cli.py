@@ -6,7 +6,8 @@ Exit codes: 0 for success, 1 for a job that failed, 2 for wrong usage.
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ SCRIPTS = next(
     for folder in (PACKAGE / "training_scripts", PACKAGE.parents[1] / "training_scripts")
     if (folder / "train_vmd.py").exists()
 )
+MODEL_CARDS = PACKAGE.parents[1] / "model_cards"  # of a checkout
 RECIPES = sorted(path.stem for path in (SCRIPTS / "recipes").glob("*.yaml"))
 
 app = typer.Typer(
@@ -33,6 +35,8 @@ app = typer.Typer(
 
     vmd-hf generate --model outputs/d1 --watch
 
+    vmd-hf demo                          watch MDM and VMD fill gaps, in the browser
+
     vmd-hf push outputs/d1 exported/vmd-d1 --repo_id me/vmd-d1
 
     Each command lists its options with --help. Set VMD_HF_DEBUG=1 to see where an error comes from.""",
@@ -45,6 +49,23 @@ def _complete_recipe(incomplete: str) -> list[str]:
     return [name for name in RECIPES if name.startswith(incomplete)]
 
 
+@contextmanager
+def one_line_errors(extra: str) -> Iterator[None]:
+    """Errors become one line and exit code 1, or 2 for wrong usage; for a missing package it names the extra."""
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("VMD_HF_DEBUG"):
+            raise
+        hint = ""
+        if isinstance(error, ModuleNotFoundError):
+            hint = f": pip install vmd_hf[{extra}]"
+        message = " ".join(str(error).split()) or type(error).__name__
+        typer.echo(f"vmd-hf: {message}{hint}", err=True)
+        wrong_usage = message.startswith("Some specified arguments are not used")  # HfArgumentParser's ValueError
+        raise typer.Exit(2 if wrong_usage else 1) from error
+
+
 def run_script(command: Callable, name: str, argv: list[str]) -> None:
     """Calls a script's `main`; its errors become one line and exit code 1, or 2 from its argument parser."""
     sys.path.insert(0, str(SCRIPTS))
@@ -52,17 +73,8 @@ def run_script(command: Callable, name: str, argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         typer.echo(f"{command.__doc__}\n")
     try:
-        code = importlib.import_module(name).main(argv)
-    except Exception as error:
-        if os.environ.get("VMD_HF_DEBUG"):
-            raise
-        hint = ""
-        if isinstance(error, ModuleNotFoundError):
-            hint = ": pip install vmd_hf[scripts]"
-        message = " ".join(str(error).split()) or type(error).__name__
-        typer.echo(f"vmd-hf: {message}{hint}", err=True)
-        wrong_usage = message.startswith("Some specified arguments are not used")  # HfArgumentParser's ValueError
-        raise typer.Exit(2 if wrong_usage else 1) from error
+        with one_line_errors("scripts"):
+            code = importlib.import_module(name).main(argv)
     finally:
         sys.path.remove(str(SCRIPTS))
     if code:
@@ -113,6 +125,39 @@ def lm_eval(options: Arguments = None) -> None:
     """The command of lm-evaluation-harness, to which the model vmd is known. Example: vmd-hf lm-eval --model vmd
     --model_args pretrained=DIR,num_steps=4 --tasks NAME --include_path FOLDER"""
     run_script(lm_eval, "vmd_hf.harness", options or [])
+
+
+@app.command()
+def demo(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Folders or Hub ids, to fill gaps in texts side by side.")
+    ] = None,
+    sudoku: Annotated[list[str] | None, typer.Option(help="The same for Sudokus; may be given again.")] = None,
+    setting: Annotated[
+        str | None, typer.Option(help="Synthetic task to check samples against: d1, d2, two_token_deterministic, ...")
+    ] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860.")] = None,
+    share: Annotated[bool, typer.Option("--share", help="Open a public link through Gradio's server, too.")] = False,
+    space: Annotated[
+        Path | None, typer.Option(help="Write a folder that runs as a Space instead of serving.", file_okay=False)
+    ] = None,
+) -> None:
+    """Type text with gaps, or a Sudoku, and watch models fill it side by side, in the browser. Without models:
+    those in model_cards. Example: vmd-hf demo outputs/d1/mdm-0 outputs/d1/vmd-0 --setting d1"""
+    if not models and not sudoku:
+        cards = MODEL_CARDS if MODEL_CARDS.is_dir() else Path("model_cards")
+        if not cards.is_dir():
+            typer.echo("vmd-hf: models must be given where there is no folder model_cards, got none", err=True)
+            raise typer.Exit(2)
+        models, sudoku, setting = [str(cards / "mdm-d1"), str(cards / "vmd-d1")], [str(cards / "vmd-sudoku")], "d1"
+    with one_line_errors("demo"):
+        from .demo import launch, write_space
+
+        if space is None:
+            launch(models or [], sudoku or [], setting, port, share)
+        else:
+            write_space(space, models or [], sudoku or [], setting)
+            typer.echo(f"try: cd {space} && python app.py; upload: hf upload USER/NAME {space} --repo-type space")
 
 
 def main() -> None:

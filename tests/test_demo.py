@@ -1,0 +1,428 @@
+"""The demo: what is shown, by hand-made traces; what models do; the command; and the whole of it in a browser."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_model
+from test_cli import PUZZLE, run
+from test_hub import small_model
+
+from vmd_hf import cli, demo
+from vmd_hf.data.synthetic import synthetic_tokenizer
+from vmd_hf.demo import Cell, Settings, ShownModel, Trace
+
+CARDS = Path(__file__).parents[1] / "model_cards"
+SOLUTION = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
+MASKS = torch.full((4,), 10)
+
+# Two rows of "a__b": in the first the third token came first.
+TRACE = Trace(
+    name="one",
+    about="VMD",
+    tokens=[["a", "<", "y", "b"], ["a", "v", "w", "b"]],
+    revealed_at=[[0, 2, 1, 0], [0, 1, 2, 0]],
+    confidences=[[1.0, 0.3, 0.999, 1.0], [1.0, 0.95, 0.6, 1.0]],
+    changed=[[False, True, False, False], [False] * 4],
+    latents=["z = 1.00", "z = -2.00"],
+    num_steps=2,
+)
+
+
+def shown(**changes):
+    return ShownModel("tiny", small_model(**changes), synthetic_tokenizer())
+
+
+def strings(trace):
+    return ["".join(row) for row in trace.tokens]
+
+
+# --- What is shown -----------------------------------------------------------------------------------------------
+
+
+def test_a_token_is_revealed_by_the_step_after_which_it_is_no_mask():
+    m = 10
+    history = torch.tensor([[[5, m, m], [m, m, 7]], [[5, m, 2], [3, m, 7]], [[5, 1, 2], [3, 4, 7]]])
+    assert demo.steps_of(history, m).tolist() == [[0, 2, 1], [1, 2, 0]]
+
+
+def test_cells_follow_the_steps():
+    def texts(step):
+        return [[cell.text for cell in row] for row in demo.cells_after(TRACE, step)]
+
+    assert texts(0) == [["a", "", "", "b"], ["a", "", "", "b"]]
+    assert texts(1) == [["a", "", "y", "b"], ["a", "v", "", "b"]]
+    assert texts(2) == TRACE.tokens
+    first, second, third, last = demo.cells_after(TRACE, 2)[0]
+    assert first == last._replace(text="a") == Cell("a", given=True, confidence=1.0, new=False, changed=False)
+    assert second == Cell("<", given=False, confidence=0.3, new=True, changed=True)
+    assert third == Cell("y", given=False, confidence=0.999, new=False, changed=False)
+    assert not any(cell.new for row in demo.cells_after(TRACE, 0) for cell in row)
+    assert not any(cell.changed for row in demo.cells_after(TRACE, 1) for cell in row)  # there is more to come
+
+
+def test_what_has_changed_is_told_for_the_same_gaps_only():
+    assert demo.changes([["a", "<", "z", "b"], ["c", "v", "w", "c"]], TRACE.revealed_at, TRACE) == [
+        [False, False, True, False],
+        [False] * 4,  # other given tokens are no change of the model's
+    ]
+    nothing = [[False, False]]
+    assert demo.changes([["a", "x"]], [[0, 1]], TRACE) == demo.changes([["a", "x"]], [[0, 1]], None) == nothing
+
+
+@pytest.mark.parametrize(
+    ("confidence", "level", "number"),
+    [(0.0, 0, "0"), (0.4999, 0, "49"), (0.5, 1, "50"), (0.8999, 1, "89"), (0.9, 2, "90"), (0.9899, 2, "98"),
+     (0.99, 3, "99"), (0.9999, 3, "99"), (1.0, 3, "100")],
+)  # fmt: skip
+def test_levels_and_numbers_of_confidence(confidence, level, number):
+    assert demo.level_of(confidence) == level and demo.percent(confidence) == number
+
+
+def test_text_is_readable_on_every_colour():
+    def luminance(colour):  # WCAG 2.1
+        parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    assert luminance("#ffffff") == pytest.approx(1) and luminance("#000000") == 0
+    for _, colour, _ in demo.LEVELS:
+        assert (luminance(colour) + 0.05) / (luminance(demo.TEXT_COLOUR) + 0.05) >= 7  # AAA
+        assert colour in demo.CSS
+
+
+def test_a_text_is_drawn_with_words_beside_colours():
+    html = demo.text_html([TRACE, TRACE._replace(name="<b>")], 2)
+    assert "&lt;" in html and "<b><</b>" not in html and "&lt;b&gt;" in html
+    panel = html.split("</section>")[0]
+    assert panel.count('title="given"') == 4 and panel.count("vmd-changed") == 1 and panel.count("vmd-new") == 2
+    assert 'title="30 % sure"' in panel and "<small>30</small>" in panel and "width:30%" in panel
+    assert "step 2 of 2" in panel and "z = -2.00" in panel and "1 changed" in panel
+    assert "2 gaps left" in demo.text_html([TRACE], 1)
+    assert "step 2 of 2" in demo.text_html([TRACE], 9)  # the other model took more steps
+
+
+def test_digits_are_checked_against_their_task():
+    assert demo.in_support("8901", "d1") and not demo.in_support("8902", "d1") and not demo.in_support("890", "d1")
+    assert demo.in_support("3490", "d2") and not demo.in_support(["3", "4", "[PAD]", "0"], "d2")
+    rows = [list("3456"), list("3457")]
+    trace = TRACE._replace(tokens=rows)
+    assert "1 of 2 are k, k+1, k+2, k+3" in demo.text_html([trace], 2, "d1")
+    assert "are k" not in demo.text_html([trace], 1, "d1")
+
+
+def test_repeats_and_verdicts_of_boards():
+    solved = [int(digit) for digit in SOLUTION]
+    assert demo.repeats(solved) == [] and demo.sudoku_verdict(solved).good is True
+    assert demo.sudoku_verdict([0, *solved[1:]]) == (None, "1 empty, no rule broken so far")
+    wrong = [3, *solved[1:]]  # r1c1: 3 stands in row 1 at r1c2, in column 1 at r9c1, in the box at r1c2
+    assert demo.repeats(wrong) == [("row 1", 3, [0, 1]), ("column 1", 3, [0, 72]), ("box 1", 3, [0, 1])]
+    verdict = demo.sudoku_verdict(wrong)
+    assert verdict == (False, "Not valid: row 1 has 3 twice (r1c1, r1c2), and 2 more repeats")
+    cells = [Cell(str(digit), False, 0.5, False, False) for digit in wrong]
+    html = demo.board_html(cells, demo.repeats(wrong))
+    assert html.count("<tr>") == 9 and html.count("<td") == 81 and html.count("vmd-wrong") == 3
+
+
+# --- What is typed -----------------------------------------------------------------------------------------------
+
+
+def test_a_gap_is_an_underscore_or_the_mask_token():
+    assert demo.read_text("3_[MASK]6", synthetic_tokenizer()).tolist() == [3, 10, 10, 6]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("123", "text must have a gap, typed as _, got '123'"), ("", "must have a gap"), ("1x_", "knows, got 'x'")],
+)
+def test_wrong_texts(text, message):
+    with pytest.raises(ValueError, match=message):
+        demo.read_text(text, synthetic_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("5" + "." * 7 + "5" + "." * 72, r"must not repeat a digit .* but row 1 has 5 twice \(r1c1, r1c9\)"),
+        ("." * 10 + "7" + "." * 9 + "7" + "." * 60, r"box 1 has 7 twice \(r2c2, r3c3\)"),
+        ("." * 80, "the puzzle must have 81 cells, got 80"),
+        ("." * 9 + "a" + "." * 71, r"got 'a' as symbol 10, r2c1"),
+        (SOLUTION, "must have an empty cell, got 81 clues"),
+    ],
+)
+def test_wrong_puzzles(text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        demo.read_puzzle(text, ShownModel.load(CARDS / "vmd-sudoku").tokenizer)
+    html = demo.error_html(error.value, text)
+    assert 'role="alert"' in html and html.count("vmd-wrong") == (2 if "twice" in message else 0)
+
+
+def test_seeds_must_be_there():
+    with pytest.raises(ValueError, match="latent_seed must be an integer of at least 0, got None"):
+        Settings(latent_seed=None)
+
+
+# --- What models do ----------------------------------------------------------------------------------------------
+
+
+def test_one_z_is_held_or_each_row_has_its_own():
+    model = tiny_model(latent_size=3)
+    new = demo.latents_for(model, MASKS, Settings(num_rows=3, latent_seed=5))
+    held = demo.latents_for(model, MASKS, Settings(num_rows=3, latent_seed=5, latents="held"))
+    assert new.shape == held.shape == (3, 3)
+    assert all(torch.equal(row, new[0]) for row in held) and not torch.equal(new[0], new[1])
+    assert torch.equal(new[1], torch.randn(3, generator=torch.Generator().manual_seed(6)))
+    assert demo.latents_for(model, MASKS, Settings(latents="step")) is None
+    assert demo.latents_for(tiny_model(latent_size=0), MASKS, Settings()) is None
+    blocks = tiny_model(latent_size=3, block_size=2)
+    ids = torch.tensor([10, 1, 2, 3, 4, 10])  # gaps in the first and the third block
+    assert demo.latents_for(blocks, ids, Settings(num_rows=2)).shape == (2, 2, 3)
+    learned = tiny_model(latent_size=3, block_size=2, prior="learned")
+    assert demo.latents_for(learned, ids, Settings()) is None
+    with pytest.raises(ValueError, match="prior='standard'"):
+        demo.latents_for(learned, ids, Settings(latents="held"))
+
+
+@pytest.mark.parametrize("block_size", [None, 2])
+@pytest.mark.parametrize("latents", ["new", "step"])
+def test_a_trace_tells_what_generate_did(block_size, latents):
+    one = shown(block_size=block_size)
+    ids = torch.tensor([1, 10, 10, 10, 4, 10])
+    trace = demo.run_model(one, ids, Settings(num_steps=2, num_rows=2, latents=latents, latent_seed=3, token_seed=8))
+    z, seeds = None, [8 + 3 * 1_000_003, 9 + 3 * 1_000_003]
+    if latents == "new":
+        shape = (3,) if block_size is None else (3, 3)  # gaps in all three blocks
+        z = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
+        seeds = [8, 9]
+    output = one.model.generate(
+        ids.repeat(2, 1),
+        num_steps=2,
+        remasking="top_prob",
+        latents=z,
+        resample_latents=latents == "step",
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        return_dict_in_generate=True,
+        output_confidences=True,
+    )
+    assert strings(trace) == one.tokenizer.batch_decode(output.sequences)
+    assert torch.tensor(trace.confidences).allclose(output.confidences)
+    assert trace.num_steps == int(output.num_forward_passes.max())
+    for when in trace.revealed_at:
+        assert when[0] == when[4] == 0 and max(when) == trace.num_steps and min(when[1:4]) >= 1
+
+
+def test_related_tokens_change_together_with_z_and_stay_with_it():
+    mdm, vmd = ShownModel.load(CARDS / "mdm-d1"), ShownModel.load(CARDS / "vmd-d1")
+    gaps = demo.read_text("____", vmd.tokenizer)
+    successive = {"".join(str((k + i) % 10) for i in range(4)) for k in range(10)}
+    first = demo.run_model(vmd, gaps, Settings(num_rows=8))
+    assert set(strings(first)) <= successive and len(set(strings(first))) > 2
+    redrawn = demo.run_model(vmd, gaps, Settings(num_rows=8, latent_seed=8), first)
+    counts = [sum(row) for row in redrawn.changed]
+    assert set(counts) <= {0, 4} and sum(counts) > 8  # all four digits of a row, or none
+    held = [demo.run_model(vmd, gaps, Settings(num_rows=4, latents="held", token_seed=seed)) for seed in (0, 4)]
+    assert len(set(strings(held[0]) + strings(held[1]))) == 1
+    others = [demo.run_model(mdm, gaps, Settings(num_rows=4, latents="held", token_seed=seed)) for seed in (0, 4)]
+    assert len(set(strings(others[0]) + strings(others[1]))) == 8  # drawn from 10,000: a repeat has probability 0.003
+    assert not set(strings(others[0])) <= successive
+
+
+def test_given_special_tokens_are_not_shown_and_white_space_is():
+    tokenizer = synthetic_tokenizer()
+    trace = demo.run_model(ShownModel("tiny", small_model(), tokenizer), torch.tensor([11, 3, 10, 11]), Settings())
+    assert len(trace.tokens[0]) == 2 and trace.tokens[0][0] == "3"
+    assert demo.token_text(tokenizer.mask_token_id, tokenizer) == "[MASK]"
+
+
+# --- The command -------------------------------------------------------------------------------------------------
+
+
+def test_the_command_passes_its_options_on(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(demo, "launch", lambda *args: calls.append(args))
+    assert run("demo", "a", "b", "--sudoku=c", "--setting=d2", "--port=8000").exit_code == 0
+    assert run("demo").exit_code == 0
+    cards = [str(CARDS / name) for name in ("mdm-d1", "vmd-d1", "vmd-sudoku")]
+    assert calls == [(["a", "b"], ["c"], "d2", 8000, False), (cards[:2], cards[2:], "d1", None, False)]
+    monkeypatch.setattr(cli, "MODEL_CARDS", tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path)
+    result = run("demo")
+    assert result.exit_code == 2 and "models must be given" in result.stderr and len(calls) == 2
+
+
+def test_the_extra_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    result = run("demo")
+    assert result.exit_code == 1 and "gradio" in result.stderr
+    assert result.stderr.splitlines()[-1].endswith("pip install vmd_hf[demo]")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere/at/all"], None),
+        (["CARDS/vmd-d1", "--setting=d9"], "setting must be one of two_token_deterministic, "),
+        (["--sudoku=CARDS/vmd-d1"], "sudoku_models must be made for 81 tokens, got vmd-d1 for 4"),
+        (["CARDS/vmd-d1", "CARDS/vmd-d1", "--space=SPACE"], "folders of different names"),
+    ],
+)
+def test_errors_of_the_command_are_one_line(argv, message, tmp_path):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    argv = [part.replace("CARDS", str(CARDS)).replace("SPACE", str(tmp_path / "space")) for part in argv]
+    result = run("demo", *argv)
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("vmd-hf: ")]
+    assert message is None or message in line
+
+
+# --- The whole, in a browser -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """A Space, written by the command and served by its own app.py, from its own copy of the package."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if shutil.which("chromium") is None:
+        pytest.skip("chromium is not installed")
+    folder = tmp_path_factory.mktemp("demo") / "space"
+    result = run("demo", f"--space={folder}")
+    assert result.exit_code == 0, result.output
+    with (folder / "vmd_hf" / "__init__.py").open("a") as init:
+        init.write("\nprint('package in', __path__[0])\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder.parent / "log"
+    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1"}
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            [sys.executable, "app.py"], cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
+    try:
+        deadline = time.monotonic() + 300  # seconds, unless other work takes the cores
+        while "Running on" not in log.read_text():
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        assert f"package in {folder / 'vmd_hf'}" in log.read_text()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture
+def page(address):
+    """A page that has loaded, in a browser that is offline but for it; that it asked nobody else is checked at the
+    end."""
+    from playwright.sync_api import sync_playwright
+
+    elsewhere = []
+
+    def answer(route):
+        if route.request.url.startswith(address):
+            route.continue_()
+        else:
+            elsewhere.append(route.request.url)
+            route.abort()
+
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=[*arguments, "--disable-sync"]
+        )
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(120_000)
+        page.route(re.compile("^https?://"), answer)
+        page.goto(address)
+        page.get_by_text("6 of 6 are k, k+1, k+2, k+3").wait_for()
+        yield page
+        browser.close()
+    assert elsewhere == []
+
+
+def rows(page, model):
+    """The texts of a model's samples."""
+    cells = f"[data-model={model}] li"
+    script = "items => items.map(item => [...item.querySelectorAll('b')].map(b => b.textContent.trim()).join(''))"
+    return page.locator(cells).evaluate_all(script)
+
+
+def finished(page, seed_of_z, seed_of_tokens, text):
+    """Waits for the end of the run with these seeds whose last state shows `text`."""
+    page.wait_for_function(
+        """([z, tokens, text]) => {
+            const value = label => document.querySelector(`[aria-label="${label}"]`).value;
+            return value("Seed of z") == z && value("Seed of tokens") == tokens
+                && document.querySelector("[data-model=vmd-d1]").innerText.includes(text);
+        }""",
+        arg=[seed_of_z, seed_of_tokens, text],
+    )
+
+
+def test_z_is_redrawn_and_held(page):
+    first = rows(page, "vmd-d1"), rows(page, "mdm-d1")
+    successive = {"".join(str((k + i) % 10) for i in range(4)) for k in range(10)}
+    assert set(first[0]) <= successive and not set(first[1]) <= successive and len(first[0]) == len(first[1]) == 6
+
+    page.get_by_role("button", name="Redraw z").click()
+    finished(page, 6, 0, "4 changed")
+    assert rows(page, "mdm-d1") == first[1]  # it has no z
+    items = page.locator("[data-model=vmd-d1] li")
+    counts = items.evaluate_all("items => items.map(item => item.querySelectorAll('.vmd-changed').length)")
+    assert set(counts) <= {0, 4}
+    for before, after, count in zip(first[0], rows(page, "vmd-d1"), counts, strict=True):
+        assert (before != after) == (count == 4) and after in successive
+
+    page.get_by_label("held for all").check()
+    page.get_by_role("button", name="Redraw tokens").first.click()
+    finished(page, 6, 6, "6 of 6")
+    assert len(set(rows(page, "vmd-d1"))) == 1  # nothing but z decides
+    assert rows(page, "mdm-d1") != first[1]
+
+
+def test_gaps_appear_step_by_step(page):
+    page.get_by_label("Text", exact=True).fill("3__6")
+    page.get_by_label("number input for Steps").first.fill("2")
+    page.get_by_role("button", name="Fill").first.click()
+    finished(page, 0, 0, "step 2 of 2")
+    assert set(rows(page, "vmd-d1")) == {"3456"}
+    assert page.locator("[data-model=vmd-d1] .vmd-given").count() == 12  # the 3 and the 6 of six rows
+    for step, masked in ((1, 6), (0, 12), (2, 0)):
+        slider = page.get_by_label("number input for Step", exact=True).first
+        slider.fill(str(step))
+        slider.blur()
+        finished(page, 0, 0, f"step {step} of 2")
+        assert page.locator("[data-model=vmd-d1] .vmd-gap").count() == masked
+    page.get_by_label("Text", exact=True).fill("3x_6")
+    page.get_by_role("button", name="Fill").first.click()
+    assert "knows, got 'x'" in page.get_by_role("alert").first.inner_text()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_sudoku_is_solved_and_a_bad_one_refused_on_wide_and_narrow_windows(page, width):
+    page.set_viewport_size({"width": width, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.get_by_role("tab", name="Sudoku").click()
+    page.get_by_text("Valid: every row").wait_for()
+    board = page.locator("[data-model=vmd-sudoku] .vmd-board")
+    assert "".join(board.locator("b").all_inner_texts()) == SOLUTION
+    given = board.locator("td").evaluate_all("cells => cells.map(cell => cell.classList.contains('vmd-given'))")
+    assert given == [symbol != "." for symbol in PUZZLE]
+    size = board.locator("td").nth(40).bounding_box()
+    assert size["height"] / size["width"] == pytest.approx(1, abs=0.15) and size["width"] > 25
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+    page.get_by_label("Puzzle").fill("5" + PUZZLE[:8] + PUZZLE[9:])
+    page.get_by_role("button", name="Fill").last.click()
+    alert = page.get_by_role("alert")
+    alert.wait_for()
+    assert "row 1 has 5 twice (r1c1, r1c2)" in alert.inner_text()
+    assert page.locator(".vmd-wrong:visible").count() >= 2
