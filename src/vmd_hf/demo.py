@@ -9,7 +9,7 @@ pip install vmd_hf[demo].
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from importlib.metadata import requires
 from pathlib import Path
@@ -519,7 +519,7 @@ CSS = (
   .vmd-layout { grid-template: "input" "result" "settings" / minmax(0, 1fr); }
   .vmd-rows:not(.vmd-dense) .vmd-cell { min-width: 2.3rem; }
 }
-.vmd-flat { padding: 0 !important; }
+.vmd-result .html-container { padding: 0 !important; }
 .vmd-puzzle textarea { font-family: var(--font-mono); letter-spacing: .15em; }
 .vmd-cell { position: relative; display: inline-flex; flex-direction: column; align-items: center;
   justify-content: center; box-sizing: border-box; min-width: 2.6rem; height: 2.9rem; padding: 0 .3rem .25rem;
@@ -593,8 +593,11 @@ def play(
     previous: Sequence[Trace],
 ) -> list[Trace]:
     """Lets every model fill `text`, as `read` turns it into ids; `previous`: what the last run gave."""
-    before = dict(zip([shown.name for shown in models], previous, strict=False))
-    return [run_model(shown, read(text, shown.tokenizer), settings, before.get(shown.name)) for shown in models]
+    before = previous or [None] * len(models)
+    return [
+        run_model(shown, read(text, shown.tokenizer), settings, trace)
+        for shown, trace in zip(models, before, strict=True)
+    ]
 
 
 def frames(traces: Sequence[Trace], seconds: float = 2.0) -> Iterator[int]:
@@ -716,28 +719,28 @@ def _tab(app, models, text, examples, read, render, length: int, sudoku: bool = 
             samples = 6 if not sudoku and length <= 16 else 1
             num_rows = gr.Slider(1, 8, samples, step=1, label="Samples", visible=not sudoku)
         with gr.Column(elem_classes="vmd-result", min_width=280):
-            result = gr.HTML(apply_default_css=False, elem_classes="vmd-flat")
+            result = gr.HTML(apply_default_css=False)
             step = gr.Slider(0, 1, 0, step=1, label="Step", info="drag to go back and forth")
-            gr.HTML(legend_html(), apply_default_css=False, elem_classes="vmd-flat")
+            gr.HTML(legend_html(), apply_default_css=False)
     traces = gr.State([])
 
     def fill(
         text, num_steps, remasking, tokens, latents, latent_seed, token_seed, num_rows, before, event: gr.EventData
     ):
         try:
-            if event.target is redraw_latent:
-                latent_seed += num_rows
-            elif event.target is redraw_tokens:
-                token_seed += num_rows
             settings = Settings(num_steps, remasking, tokens, latents, latent_seed, token_seed, num_rows)
+            if event.target is redraw_latent:
+                settings = replace(settings, latent_seed=latent_seed + num_rows)
+            elif event.target is redraw_tokens:
+                settings = replace(settings, token_seed=token_seed + num_rows)
             now = play(models, read, text, settings, before)
         except ValueError as error:
-            html = error_html(error, text if sudoku else "")
-            yield latent_seed, token_seed, before, gr.update(), html
+            yield latent_seed, token_seed, before, gr.update(), error_html(error, text if sudoku else "")
             return
         last = max(trace.num_steps for trace in now)
         for number in frames(now):
-            yield latent_seed, token_seed, now, gr.update(maximum=last, value=number), render(now, number)
+            slider = gr.update(maximum=last, value=number)
+            yield settings.latent_seed, settings.token_seed, now, slider, render(now, number)
 
     gr.on(
         [run.click, redraw_latent.click, redraw_tokens.click, text.submit, app.load],
@@ -828,7 +831,8 @@ def write_space(
         "---\ntitle: Variational Masked Diffusion\nemoji: 🎭\ncolorFrom: blue\ncolorTo: yellow\nsdk: gradio\n"
         f"sdk_version: {gr.__version__}\napp_file: app.py\nlicense: apache-2.0\n---\n\n"
         "Gaps in a text, or a Sudoku, filled step by step by Variational Masked Diffusion\n"
-        "([arXiv 2510.23606](https://arxiv.org/abs/2510.23606)). Here: `python app.py`.\n"
+        "([arXiv 2510.23606](https://arxiv.org/abs/2510.23606)). It runs elsewhere, too:\n\n"
+        "    pip install gradio -r requirements.txt && python app.py\n"
     )
 
 
