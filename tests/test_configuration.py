@@ -31,6 +31,7 @@ BROKEN_RULES = [
     ({"objective": "elbo"}, "(?s)objective.*elbo"),
     ({"position_groups": [[0] * 16, [0] * 15]}, "position_groups.*16.*got 15"),
     ({"position_groups": [[0] * 15 + [-1]]}, "position_groups.*got -1"),
+    ({"position_group_bias": True}, "position_group_bias needs position_groups and whole sequences, got"),
     ({"objective_steps": []}, r"objective_steps.*got \[\]"),
     ({"objective_steps": [2, 0]}, r"objective_steps.*got \[2, 0\]"),
     ({"kl_weight": -0.5}, "kl_weight.*got -0.5"),

