@@ -76,11 +76,16 @@ def test_a_text_model_is_trained_resumed_evaluated_and_generates(tmp_path, capsy
     for index in range(12):
         (tmp_path / f"{index}.txt").write_text(WORDS * (5 + index))
     folder = tmp_path / "model"
+    recipe = yaml.safe_load((SCRIPTS / "recipes" / "sotu.yaml").read_text())
+    if block_size is None:
+        del recipe["block_size"], recipe["prior"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     arguments = [
-        str(SCRIPTS / "recipes" / "sotu.yaml"),
+        str(tmp_path / "recipe.yaml"),
         f"--source={tmp_path}",
         "--sequence_length=16",
         "--latent_size=2",
+        "--latent_min_tokens=1",
         "--per_device_train_batch_size=8",
         "--per_device_eval_batch_size=4",
         "--num_eval_rows=8",
@@ -89,8 +94,6 @@ def test_a_text_model_is_trained_resumed_evaluated_and_generates(tmp_path, capsy
         f"--output_dir={folder}",
         *SMALL,
     ]
-    if block_size is not None:
-        arguments.append(f"--block_size={block_size}")
     train_vmd.main([*arguments, "--max_steps=2"])
     train_vmd.main([*arguments, "--max_steps=4", "--resume_from_checkpoint=true"])
     assert json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
@@ -170,7 +173,7 @@ def test_an_adapter_is_trained_on_one_author_resumed_and_evaluated_beside_its_ba
     after = load_file(f"{base}/model.safetensors")
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
-    arguments = ["--task=text", source, *where, "--num_steps", "1", "2", "--num_texts=3", "--num_eval_rows=8"]
+    arguments = ["--task=text", source, *where, "--num_steps", "1", "2", "--num_texts=3"]
     evaluate_vmd.main([f"--model={adapter}", *arguments, f"--judge={judge}"])
     tables = json.loads(Path(adapter, "results.json").read_text())
     assert all("author=b" in title for title in tables)
@@ -188,8 +191,9 @@ def test_an_adapter_is_trained_on_one_author_resumed_and_evaluated_beside_its_ba
     generate_vmd.main([f"--model={adapter}", "--prompt=we ", "--max_new_tokens=4"])
     assert capsys.readouterr().out.splitlines()[-2].startswith("we ")
     judge, tokenizer = AutoModelForMaskedLM.from_pretrained(judge), AutoTokenizer.from_pretrained(judge)
-    rows = text_datasets(source.removeprefix("--source="), tokenizer, 16, where=["author=b"])["test"][:3]["input_ids"]
-    found = corpus_bound(judge, [{"input_ids": rows}])  # an autoregressive model's likelihood
+    rows = text_datasets(source.removeprefix("--source="), tokenizer, 16, where=["author=b"])["test"]
+    assert {row["num_tokens"] for row in bounds} == {16 * len(rows)}  # all of this author's, and nobody else's
+    found = corpus_bound(judge, [{"input_ids": rows[:3]["input_ids"]}])  # an autoregressive model's likelihood
     assert quality[0]["judge_perplexity"] == pytest.approx(2**found.bits_per_token, rel=1e-4)
 
 
