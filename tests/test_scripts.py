@@ -126,9 +126,10 @@ def test_a_text_model_is_trained_resumed_evaluated_and_generates(tmp_path, capsy
     generate_vmd.main([f"--model={folder}", "--prompt=the ", "--max_new_tokens=6", "--num_steps=3", "--watch"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].startswith("the ") and len(lines[-2]) == 10
-    passes = 3 if block_size is None else 5  # 3 for the second block's four masks, 2 for the third's two
+    steps = 3 if block_size is None else 5  # 3 for the second block's four masks, 2 for the third's two
+    passes = steps if block_size is None else steps + 2  # and one for each block's prior
     assert f"{passes} forward passes" in lines[-1]
-    assert len(lines) == passes + 2
+    assert len(lines) == steps + 2
 
 
 def write_speeches(folder, monkeypatch):
