@@ -83,5 +83,5 @@ def test_the_solver_solves_what_it_has_not_seen(sudoku):
     model, tokenizer = sudoku
     puzzles, _ = generate_puzzles(20, (31, 36), seed=123)
     texts = ["".join(map(str, puzzle)) for puzzle in puzzles]
-    ids = model.generate(**tokenizer(texts, return_tensors="pt"))  # 20 steps: 94 % of such puzzles
-    assert sum(valid_boards([parse_board(text) for text in tokenizer.batch_decode(ids)])) >= 16
+    ids = model.generate(**tokenizer(texts, return_tensors="pt"))  # 20 steps: 99.6 % of such puzzles
+    assert sum(valid_boards([parse_board(text) for text in tokenizer.batch_decode(ids)])) >= 19
