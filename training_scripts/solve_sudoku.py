@@ -3,7 +3,8 @@
     python training_scripts/solve_sudoku.py --model outputs/sudoku \\
         "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 
-Empty cells are 0, . or _. Exit status 0 if the board is filled and keeps all rules, 1 if not.
+Empty cells are 0, . or _. A board that breaks a rule is tried again in another symmetry, out of sight. Exit status 0
+if the board keeps all rules, 1 if not.
 """
 
 import sys
@@ -17,7 +18,7 @@ from rich.text import Text
 from transformers import AutoModelForMaskedLM, HfArgumentParser, PreTrainedTokenizerBase
 
 import vmd_hf  # noqa: F401, makes AutoModelForMaskedLM know the model
-from vmd_hf.data.sudoku import check_boards, parse_board, valid_boards
+from vmd_hf.data.sudoku import check_boards, fill_by_attempts, format_boards, parse_board
 from vmd_hf.hub import load_tokenizer
 
 
@@ -29,6 +30,7 @@ class SolverArguments:
     model: str = field(default="outputs/sudoku", metadata={"help": "Folder or Hub id of the model."})
     num_steps: int = field(default=40, metadata={"help": "Forward passes."})
     remasking: str = "top_prob_margin"
+    num_attempts: int = field(default=16, metadata={"help": "Attempts, as long as the board breaks a rule."})
     seconds_per_step: float = field(default=0.05, metadata={"help": "Pause after each step in a terminal."})
     seed: int = 0
 
@@ -64,16 +66,20 @@ def main(argv: list[str]) -> int:
     tokenizer = load_tokenizer(args.model)
     console = Console()
     view = BoardView(puzzle, tokenizer, console, args.seconds_per_step)
-    input_ids = tokenizer(args.puzzle, return_tensors="pt")["input_ids"]
     generator = torch.Generator().manual_seed(args.seed)
-    ids = model.generate(
-        input_ids, num_steps=args.num_steps, remasking=args.remasking, generator=generator, streamer=view
-    )
-    if view.live is None:
-        console.print(view.render(ids[0]))
-    valid = bool(valid_boards(parse_board(tokenizer.decode(ids[0]))[None])[0])
-    console.print("valid" if valid else "not valid: some row, column or box repeats a digit")
-    return 0 if valid else 1
+    views = iter([view])
+
+    def fill(puzzles: np.ndarray) -> np.ndarray:
+        ids = tokenizer(format_boards(puzzles), return_tensors="pt")["input_ids"]
+        settings = {"num_steps": args.num_steps, "remasking": args.remasking, "streamer": next(views, None)}
+        return np.stack([parse_board(tokenizer.decode(model.generate(ids, generator=generator, **settings)[0]))])
+
+    boards, (attempt,) = fill_by_attempts(fill, puzzle[None], args.num_attempts, args.seed)
+    if view.live is None or attempt != 1:
+        console.print(view.render(tokenizer(format_boards(boards), return_tensors="pt")["input_ids"][0]))
+    made = f"attempt {attempt}" if attempt else f"{args.num_attempts} attempts"
+    console.print(f"valid ({made})" if attempt else f"not valid ({made}): some row, column or box repeats a digit")
+    return 0 if attempt else 1
 
 
 if __name__ == "__main__":
