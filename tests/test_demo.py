@@ -249,6 +249,7 @@ def test_the_command_passes_its_options_on(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(demo, "launch", lambda *args: calls.append(args))
     assert run("demo", "a", "b", "--sudoku=c", "--setting=d2", "--port=8000").exit_code == 0
+    monkeypatch.setattr(cli, "MODEL_CARDS", CARDS)  # not beside the package, where that is installed
     assert run("demo").exit_code == 0
     cards = [str(CARDS / name) for name in ("mdm-d1", "vmd-d1", "vmd-sudoku")]
     assert calls == [(["a", "b"], ["c"], "d2", 8000, False), (cards[:2], cards[2:], "d1", None, False)]
