@@ -36,9 +36,9 @@ class FigureArguments:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The rows of `results.json` that tell rules and numbers of steps apart."""
-    tables = json.loads((folder / "results.json").read_text())
-    return [row for rows in tables.values() for row in rows if "remasking" in row]
+    """The rows of the first table of `results.json`, which tells rules and numbers of steps apart; first attempts."""
+    first = next(iter(json.loads((folder / "results.json").read_text()).values()))
+    return [row for row in first if row.get("num_attempts", 1) == 1]
 
 
 def draw_accuracy(axes: plt.Axes, x: list[int], rows: list[dict[str, Any]], label: str) -> None:
