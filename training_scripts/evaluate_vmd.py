@@ -45,11 +45,11 @@ from transformers.utils import find_adapter_config_file
 from vmd_hf import corpus_bound, metrics
 from vmd_hf.data.sudoku import (
     PuzzleTable,
+    board_ids,
+    boards_of,
     fill_by_attempts,
-    format_boards,
     generate_puzzles,
     group_validity,
-    parse_board,
     random_boards,
     read_puzzles,
     solve_puzzles,
@@ -245,16 +245,6 @@ def share(solved: np.ndarray) -> dict[str, float]:
     """Share of True, with its 95 % interval (Wilson)."""
     interval = binomtest(int(solved.sum()), len(solved)).proportion_ci(method="wilson")
     return {"puzzles": len(solved), "solved": float(solved.mean()), "low": interval.low, "high": interval.high}
-
-
-def board_ids(boards: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """(n, 81) boards to (n, 81) int64 tokens, masks for empty cells."""
-    return tokenizer(format_boards(boards), return_tensors="pt")["input_ids"]
-
-
-def boards_of(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """(n, 81) int64 tokens without masks to (n, 81) boards."""
-    return np.stack([parse_board(text) for text in tokenizer.batch_decode(ids)])
 
 
 def fill_boards(model: PreTrainedModel, ids: torch.Tensor, args: EvaluationArguments, **settings: Any) -> torch.Tensor:

@@ -18,7 +18,7 @@ from rich.text import Text
 from transformers import AutoModelForMaskedLM, HfArgumentParser, PreTrainedTokenizerBase
 
 import vmd_hf  # noqa: F401, makes AutoModelForMaskedLM know the model
-from vmd_hf.data.sudoku import check_boards, fill_by_attempts, format_boards, parse_board
+from vmd_hf.data.sudoku import board_ids, boards_of, check_boards, fill_by_attempts, parse_board
 from vmd_hf.hub import load_tokenizer
 
 
@@ -67,16 +67,15 @@ def main(argv: list[str]) -> int:
     console = Console()
     view = BoardView(puzzle, tokenizer, console, args.seconds_per_step)
     generator = torch.Generator().manual_seed(args.seed)
-    views = iter([view])
+    views = iter([view])  # of the first attempt
 
     def fill(puzzles: np.ndarray) -> np.ndarray:
-        ids = tokenizer(format_boards(puzzles), return_tensors="pt")["input_ids"]
         settings = {"num_steps": args.num_steps, "remasking": args.remasking, "streamer": next(views, None)}
-        return np.stack([parse_board(tokenizer.decode(model.generate(ids, generator=generator, **settings)[0]))])
+        return boards_of(model.generate(board_ids(puzzles, tokenizer), generator=generator, **settings), tokenizer)
 
     boards, (attempt,) = fill_by_attempts(fill, puzzle[None], args.num_attempts, args.seed)
     if view.live is None or attempt != 1:
-        console.print(view.render(tokenizer(format_boards(boards), return_tensors="pt")["input_ids"][0]))
+        console.print(view.render(board_ids(boards, tokenizer)[0]))
     made = f"attempt {attempt}" if attempt else f"{args.num_attempts} attempts"
     console.print(f"valid ({made})" if attempt else f"not valid ({made}): some row, column or box repeats a digit")
     return 0 if attempt else 1

@@ -20,7 +20,7 @@ import torch
 from packaging.requirements import Requirement
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
-from .data.sudoku import DIGITS, parse_board
+from .data.sudoku import CELLS_OF_UNIT, DIGITS, UNIT_NAMES, parse_board
 from .data.synthetic import target_distribution
 from .generation_vmd import REMASKING_RULES
 from .hub import load_tokenizer
@@ -49,12 +49,6 @@ LEVELS = (
     (0.5, "#fbe3c0", "50 to 90 %"),
     (0.9, "#d3e5f5", "90 to 99 %"),
     (0.99, "#8ec3ec", "99 % and more"),
-)
-
-UNITS = (  # name and cells of the 27 rows, columns and boxes
-    *((f"row {n + 1}", [9 * n + k for k in range(9)]) for n in range(9)),
-    *((f"column {n + 1}", [9 * k + n for k in range(9)]) for n in range(9)),
-    *((f"box {n + 1}", [27 * (n // 3) + 3 * (n % 3) + 9 * (k // 3) + k % 3 for k in range(9)]) for n in range(9)),
 )
 
 
@@ -317,7 +311,7 @@ def repeats(board: Sequence[int]) -> list[tuple[str, int, list[int]]]:
     """Every digit that a row, column or box of 81 numbers (0: empty) holds more than once: the unit's name, the digit
     and its cells, rows first."""
     found = []
-    for name, cells in UNITS:
+    for name, cells in zip(UNIT_NAMES, CELLS_OF_UNIT.tolist(), strict=True):
         for digit in range(1, 10):
             same = [cell for cell in cells if board[cell] == digit]
             if len(same) > 1:

@@ -34,9 +34,9 @@ _CELLS = np.arange(81)
 _ROWS, _COLUMNS = _CELLS // 9, _CELLS % 9
 _BOXES = 3 * (_ROWS // 3) + _COLUMNS // 3
 _UNITS_OF_CELL = np.stack([_ROWS, 9 + _COLUMNS, 18 + _BOXES], axis=1)  # (81, 3) of 27: rows, columns, boxes
-_CELLS_OF_UNIT = np.concatenate([np.argsort(units, kind="stable") for units in (_ROWS, _COLUMNS, _BOXES)])
-_CELLS_OF_UNIT = _CELLS_OF_UNIT.reshape(27, 9)
-_UNIT_NAMES = [f"{kind} {number}" for kind in ("row", "column", "box") for number in range(1, 10)]
+CELLS_OF_UNIT = np.concatenate([np.argsort(units, kind="stable") for units in (_ROWS, _COLUMNS, _BOXES)])
+CELLS_OF_UNIT = CELLS_OF_UNIT.reshape(27, 9)
+UNIT_NAMES = [f"{kind} {number}" for kind in ("row", "column", "box") for number in range(1, 10)]
 
 _SYMBOLS = np.full(256, 255, dtype=np.uint8)
 for _digit, _symbol in enumerate("0" + DIGITS):
@@ -557,6 +557,16 @@ def puzzle_dataset(puzzles: ArrayLike, solutions: ArrayLike, tokenizer: PreTrain
     ).with_format("torch")
 
 
+def board_ids(boards: ArrayLike, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """(n, 81) boards to (n, 81) int64 tokens of a `sudoku_tokenizer`, masks for empty cells."""
+    return tokenizer(format_boards(boards), return_tensors="pt")["input_ids"]
+
+
+def boards_of(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """(n, 81) int64 tokens without masks to (n, 81) uint8 boards."""
+    return np.stack([parse_board(text) for text in tokenizer.batch_decode(ids)])
+
+
 class SudokuCollator:
     """Collator of `puzzle_dataset` rows that puts each row under a fresh random symmetry (`random_symmetries`).
 
@@ -626,17 +636,17 @@ def _as_boards(boards: ArrayLike, name: str, any_number: bool = False) -> np.nda
 def _check_rules(boards: np.ndarray, name: str) -> None:
     masks = _MASKS[boards]  # (n, 81)
     # A sum of bits differs from their union if and only if one of them occurs twice.
-    repeats = [masks[:, unit].sum(axis=1) != np.bitwise_or.reduce(masks[:, unit], axis=1) for unit in _CELLS_OF_UNIT]
+    repeats = [masks[:, unit].sum(axis=1) != np.bitwise_or.reduce(masks[:, unit], axis=1) for unit in CELLS_OF_UNIT]
     repeats = np.stack(repeats, axis=1)  # (n, 27)
     if not repeats.any():
         return
     board, unit = _first(repeats)
-    digits = boards[board, _CELLS_OF_UNIT[unit]].tolist()
+    digits = boards[board, CELLS_OF_UNIT[unit]].tolist()
     digit = next(digit for digit in digits if digit and digits.count(digit) > 1)
-    cells = [_cell_name(cell) for cell in _CELLS_OF_UNIT[unit] if boards[board, cell] == digit]
+    cells = [_cell_name(cell) for cell in CELLS_OF_UNIT[unit] if boards[board, cell] == digit]
     number = {2: "two", 3: "three"}.get(len(cells), str(len(cells)))
     raise ValueError(
-        f"`{name}` must not repeat a digit in a row, column or box, got {number} {digit}s in {_UNIT_NAMES[unit]} of "
+        f"`{name}` must not repeat a digit in a row, column or box, got {number} {digit}s in {UNIT_NAMES[unit]} of "
         f"board {board}: cells {', '.join(cells[:-1])} and {cells[-1]}"
     )
 
@@ -645,7 +655,7 @@ def _complete_units(boards: ArrayLike) -> np.ndarray:
     """(n, 27) bool: which rows, columns and boxes hold each digit once."""
     boards = _as_boards(boards, "boards", any_number=True)
     masks = _MASKS[boards]  # (n, 81)
-    return np.stack([np.bitwise_or.reduce(masks[:, unit], axis=1) == _ALL for unit in _CELLS_OF_UNIT], axis=1)
+    return np.stack([np.bitwise_or.reduce(masks[:, unit], axis=1) == _ALL for unit in CELLS_OF_UNIT], axis=1)
 
 
 def _first(where: np.ndarray) -> tuple[int, int]:
