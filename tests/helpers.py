@@ -73,7 +73,7 @@ def posterior_of_row(
     position_ids = torch.arange(len(row))[None]
     embeddings = model.model.embeddings(row[None], position_ids)
     context = model.model.attention_context(embeddings, None, position_ids)
-    mean, log_variance = model.latent_encoder(embeddings, flags[0], flags[1], context)
+    mean, log_variance = model.latent_encoder(embeddings, flags[0], flags[1], position_ids, context)
     return mean[0], log_variance[0]
 
 

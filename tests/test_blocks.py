@@ -431,6 +431,9 @@ def posterior_of_block(model, row, start, end, masked, revealed, clean_hidden_st
     for layer in encoder.layers:
         h = dense_layer(layer, model.config, h, positions)
     h = layer_norm(h, encoder.norm, model.config.norm_eps)
+    if model.config.latent_encoder_pooling == "concat":  # a matrix for each place in a block
+        maps = encoder.out_proj.weight.unflatten(1, (model.config.block_size, -1))
+        return (sum(maps[:, i - start] @ h[i - start] for i in revealed) + encoder.out_proj.bias).view(2, -1)
     pooled = sum(h[i - start] for i in revealed) / len(revealed)
     return (encoder.out_proj.weight @ pooled + encoder.out_proj.bias).view(2, -1)
 
@@ -796,6 +799,12 @@ def test_the_loss_is_the_loop_for_all_positions_and_attention_implementations(po
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_loss_with_a_learned_prior_is_the_loop(objective):
     model = tiny_model(block_size=3, prior="learned", objective=objective)
+    assert_loss_is_the_loop(model, loss_batch(), block_noise(5, 7, 3))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_loss_with_concatenated_states_in_the_posterior_is_the_loop(objective):
+    model = tiny_model(block_size=3, latent_encoder_pooling="concat", objective=objective)
     assert_loss_is_the_loop(model, loss_batch(), block_noise(5, 7, 3))
 
 

@@ -406,7 +406,7 @@ def expected_over_blocks(model, row, labelled, num_steps, bound, num_samples):
             flags, columns = flags[:, block.start : block.stop, None], torch.tensor(block)[None]
             embeddings = model.model.embeddings(row[columns], columns)
             context = model.model.attention_context(embeddings, None, columns)
-            return model.latent_encoder(embeddings, flags[0].T, flags[1].T, context, before)
+            return model.latent_encoder(embeddings, flags[0].T, flags[1].T, columns, context, before)
 
         prior = (0.0, 0.0)
         if model.model.latent_prior is not None:

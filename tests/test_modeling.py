@@ -207,9 +207,10 @@ def test_padding_on_either_side_leaves_the_loss_of_a_row_alone(position, objecti
             torch.testing.assert_close(padded[name], alone[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "concat"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_padded_batch_is_its_rows(objective):
-    model = tiny_model(objective=objective)
+def test_a_padded_batch_is_its_rows(objective, pooling):
+    model = tiny_model(objective=objective, latent_encoder_pooling=pooling)
     rows = [digits(1, length, seed=length)[0] for length in (3, 5, 7, 4)]
     batch = {
         "input_ids": torch.cat([pad_row(row, 7, side, PAD) for row, side in zip(rows, SIDES, strict=True)]),
@@ -1034,6 +1035,21 @@ def test_the_posterior_pools_over_the_tokens_that_are_revealed():
     for index in range(2):  # mean and log-variance are linear in what is pooled
         torch.testing.assert_close(both[index], (alone[0][index] + alone[1][index]) / 2)
         torch.testing.assert_close(both[index], others_changed[index])
+
+
+def test_concatenated_states_are_a_sum_of_what_each_position_says():
+    """As above, but for a map for each position: two tokens that change places say something else."""
+    model = tiny_model(latent_encoder_pooling="concat", position_embedding_type="none")
+    with torch.no_grad():
+        model.latent_encoder.out_proj.bias.zero_()
+        for layer in model.latent_encoder.layers:
+            layer.attention.o_proj.weight.zero_()
+    row, swapped = torch.tensor([1, 2, 3, 4]), torch.tensor([3, 2, 1, 4])
+    both = posterior_of_row(model, row, [0, 1, 2], [0, 2])
+    alone = [posterior_of_row(model, row, [0, 1, 2], [position]) for position in (0, 2)]
+    for index in range(2):
+        torch.testing.assert_close(both[index], alone[0][index] + alone[1][index])
+    assert (posterior_of_row(model, swapped, [0, 1, 2], [0, 2])[0] - both[0]).abs().max() > 0.1
 
 
 def test_the_posterior_reads_the_whole_clean_row():

@@ -28,10 +28,12 @@ from evaluate_vmd import (
     print_table,
     write_json,
 )
-from train_vmd import DataArguments, parse, train
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from train_vmd import DataArguments, ModelArguments, parse, train
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from vmd_hf import VMDForMaskedDiffusion
 from vmd_hf.data.text import text_datasets
+from vmd_hf.training import last_whole_checkpoint
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -66,7 +68,7 @@ def run_row(
     if (folder / "row.json").exists():
         return json.loads((folder / "row.json").read_text())
     recipe, *changes = recipe_arguments
-    seconds, updates = 0.0, 0
+    stages = []
     for number, stage in enumerate(ROWS[row]):
         stage_folder = folder / f"stage-{number}"
         settings = ["--latent_size", "0"]
@@ -75,20 +77,35 @@ def run_row(
         if number:
             settings += ["--model_name_or_path", str(folder / f"stage-{number - 1}")]
         arguments = parse([recipe, *settings, *changes, f"--seed={seed}", f"--output_dir={stage_folder}"])
-        arguments[2].resume_from_checkpoint = "true"
-        start = time.perf_counter()
-        trainer = train(*arguments)
-        seconds += time.perf_counter() - start
-        updates += trainer.state.global_step
+        stages.append(run_stage(arguments, stage_folder / "stage.json"))
+    model = VMDForMaskedDiffusion.from_pretrained(stage_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(stage_folder)
     result = {
         "row": row,
         "seed": seed,
-        "updates": updates,
-        "training_seconds": seconds,
-        "parameters": trainer.model.num_parameters(),
-        **evaluate_row(trainer.model, trainer.processing_class, arguments[1], num_eval_rows, split),
+        "stages": stages,
+        "training_seconds": sum(stage["seconds"] for stage in stages),
+        "parameters": model.num_parameters(),
+        **evaluate_row(model, tokenizer, arguments[1], num_eval_rows, split),
     }
     write_json(folder / "row.json", result)
+    return result
+
+
+def run_stage(arguments: tuple[ModelArguments, DataArguments, TrainingArguments], path: Path) -> dict[str, Any]:
+    """Trains, unless that is done, and says how long it takes (whatever part of it was done before a stop)."""
+    if path.exists():
+        return json.loads(path.read_text())
+    training_args = arguments[2]
+    training_args.resume_from_checkpoint = "true"
+    checkpoint = last_whole_checkpoint(training_args.output_dir)
+    first = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    start = time.perf_counter()
+    updates = train(*arguments).state.global_step
+    seconds = (time.perf_counter() - start) * updates / max(updates - first, 1)
+    tokens = training_args.per_device_train_batch_size * arguments[1].sequence_length
+    result = {"updates": updates, "seconds": seconds, "tokens_per_second": updates * tokens / seconds}
+    write_json(path, result)
     return result
 
 

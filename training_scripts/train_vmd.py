@@ -80,6 +80,7 @@ class ModelArguments:
     conditioning_size: int = 128
     conditioner_initializer_range: float | None = field(default=None, metadata={"help": "Initial scale of z's maps."})
     num_latent_encoder_layers: int = 1
+    latent_encoder_pooling: Literal["mean", "concat"] = "mean"
     objective: Literal["vmd", "per_sample", "per_step"] = "vmd"
     objective_steps: list[int] = field(default_factory=lambda: [1, 2, 4])
     objective_draws: int = field(default=1, metadata={"help": "Draws of z under the logarithm of the loss (IWAE)."})
@@ -181,6 +182,7 @@ def build_model(
         "conditioning_size": args.conditioning_size,
         "conditioner_initializer_range": args.conditioner_initializer_range,
         "num_latent_encoder_layers": args.num_latent_encoder_layers,
+        "latent_encoder_pooling": args.latent_encoder_pooling,
     }
     if args.model_name_or_path:
         if args.latent_size and not VMDConfig.from_pretrained(args.model_name_or_path).latent_size:

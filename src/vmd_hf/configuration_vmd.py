@@ -58,6 +58,10 @@ class VMDConfig(PreTrainedConfig):
             vector; `None` means one that keeps the variance, `1 / sqrt(inputs)`. Small ones (0.02) are slower to learn
             from and learn features that the positions share: where several tokens must agree on one of many modes.
         num_latent_encoder_layers: Transformer layers of the posterior `q(z | x_0, x_t)`.
+        latent_encoder_pooling: What the posterior makes of the tokens that z has to tell: `"mean"` of their hidden
+            states, or `"concat"`, a matrix of its own for each position (of a block, or up to
+            `max_position_embeddings`). The mean says little of which token stands where, which is what z has to tell
+            where several must agree.
         block_size: Tokens a block: the model is autoregressive over blocks, each with its own latent, time and
             denoising (block diffusion). `None`: one latent for the whole sequence.
         prior: `"standard"`: z ~ N(0, I). `"learned"`, with blocks only: a diagonal Gaussian p(z | clean earlier
@@ -123,6 +127,7 @@ class VMDConfig(PreTrainedConfig):
     conditioning_size: int = 128
     conditioner_initializer_range: float | int | None = None
     num_latent_encoder_layers: int = 1
+    latent_encoder_pooling: Literal["mean", "concat"] = "mean"
     block_size: int | None = None
     prior: Literal["standard", "learned"] = "standard"
     objective: Literal["vmd", "per_sample", "per_step"] = "vmd"

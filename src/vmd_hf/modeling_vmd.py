@@ -681,9 +681,9 @@ class VMDLatentEncoder(nn.Module):
     """The posterior q_phi(z | x_0, x_t): a diagonal Gaussian, from x_0 and what is masked in x_t.
 
     Its layers read the clean tokens with a flag each (visible, revealed now, still masked) and are pooled over the
-    tokens that are revealed now. With blocks, each block is a sequence of its own, to whose tokens the hidden state of
-    the last clean token before it is added: z has to tell only what the context does not. Needed in training and for
-    likelihoods only.
+    tokens that are revealed now: their mean, or each one beside the others. With blocks, each block is a sequence of
+    its own, to whose tokens the hidden state of the last clean token before it is added: z has to tell only what the
+    context does not. Needed in training and for likelihoods only.
     """
 
     def __init__(self, config: VMDConfig):
@@ -693,15 +693,18 @@ class VMDLatentEncoder(nn.Module):
             VMDLayer(config, config.num_hidden_layers + index) for index in range(config.num_latent_encoder_layers)
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
-        self.out_proj = VMDPosteriorLinear(config.hidden_size, 2 * config.latent_size)
         with_blocks = config.block_size is not None
+        width = config.block_size if with_blocks else config.max_position_embeddings
+        self.num_places = width if config.latent_encoder_pooling == "concat" else None
+        self.out_proj = VMDPosteriorLinear(config.hidden_size * (self.num_places or 1), 2 * config.latent_size)
         self.before_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False) if with_blocks else None
 
-    def forward(self, clean_embeddings, masked, revealed, attention_context, before=None):
+    def forward(self, clean_embeddings, masked, revealed, position_ids, attention_context, before=None):
         """
         Args:
             clean_embeddings: (batch, length, hidden), embeddings of x_0. With blocks, a row here is a block.
             masked, revealed: (batch, length) bool, as in `Corruption`.
+            position_ids: (batch, length): a token's own place where each has one (modulo the block's size).
             before: With blocks, (batch, hidden): the last clean hidden state before the block, 0 if there is none.
 
         Returns:
@@ -713,9 +716,14 @@ class VMDLatentEncoder(nn.Module):
             hidden_states = hidden_states + self.before_proj(before)[:, None]
         for layer in self.layers:
             hidden_states, _ = layer(hidden_states, **attention_context)
-        weights = revealed.to(hidden_states.dtype)
-        count = weights.sum(-1, keepdim=True)
-        pooled = torch.einsum("bl,blh->bh", weights, self.norm(hidden_states)) / count.clamp(min=1)
+        count = revealed.sum(-1, keepdim=True)
+        if self.num_places is None:
+            weights = (revealed / count.clamp(min=1))[..., None]
+        else:
+            places = nn.functional.one_hot(position_ids % self.num_places, self.num_places)
+            weights = places * revealed[..., None]
+        hidden_states = self.norm(hidden_states)
+        pooled = torch.einsum("blp,blh->bph", weights.to(hidden_states.dtype), hidden_states).flatten(1)
         statistics = self.out_proj(pooled).float() * (count > 0)
         return statistics.chunk(2, dim=-1)
 
@@ -982,8 +990,9 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         if layout.real is not None:
             real = layout.units(layout.real)
             real = real | ~real.any(-1, keepdim=True)  # a block of padding alone may attend to itself
-        context = self.model.attention_context(embeddings, real, layout.units(layout.position_ids))
-        posterior = self.latent_encoder(embeddings, masked, revealed, context, before)
+        position_ids = layout.units(layout.position_ids)
+        context = self.model.attention_context(embeddings, real, position_ids)
+        posterior = self.latent_encoder(embeddings, masked, revealed, position_ids, context, before)
         if self.config.latent_min_tokens > 1:
             enough = revealed.sum(-1, keepdim=True) >= self.config.latent_min_tokens
             prior = prior or tuple(torch.zeros_like(part) for part in posterior)
