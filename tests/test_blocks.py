@@ -392,11 +392,17 @@ def dense_two_streams(model, clean, x_t, latents):
     token = [(position // config.block_size, 0, index < length) for index, position in enumerate(positions.tolist())]
     mask = torch.tensor([[0.0 if sees(query, key) else -math.inf for key in token] for query in token])
     h = embed(model, torch.cat([clean, x_t]), positions)
+    if config.latent_size:
+        modulation = model.model.modulation
+        said = F.linear(model.model.conditioner(latents), modulation.weight, modulation.bias)
+        of_layers, inputs = said.tensor_split([6 * config.num_hidden_layers * config.hidden_size], dim=-1)
+    if config.latent_position_inputs:
+        for position in range(length):
+            block, place = divmod(position, config.block_size)
+            h[length + position] += inputs[block].view(config.block_size, -1)[place]
     for index, layer in [*enumerate(model.model.layers)] * config.num_loops:
         changes = None
         if config.latent_size:
-            modulation = model.model.modulation
-            of_layers = F.linear(model.model.conditioner(latents), modulation.weight, modulation.bias)
             of_blocks = of_layers.chunk(config.num_hidden_layers, dim=-1)[index]
             of_tokens = of_blocks[positions[length:] // config.block_size]
             changes = torch.cat([torch.zeros_like(of_tokens), of_tokens])
@@ -805,6 +811,12 @@ def test_the_loss_with_a_learned_prior_is_the_loop(objective):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_loss_with_concatenated_states_in_the_posterior_is_the_loop(objective):
     model = tiny_model(block_size=3, latent_encoder_pooling="concat", objective=objective)
+    assert_loss_is_the_loop(model, loss_batch(), block_noise(5, 7, 3))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_loss_with_latents_in_the_inputs_of_positions_is_the_loop(objective):
+    model = tiny_model(block_size=3, latent_position_inputs=True, objective=objective)
     assert_loss_is_the_loop(model, loss_batch(), block_noise(5, 7, 3))
 
 
@@ -1487,26 +1499,65 @@ def test_wrong_inputs_are_errors(arguments, message):
         tiny_model(block_size=2)(**({"input_ids": digits(2, 3)} | arguments))
 
 
-@pytest.mark.parametrize("prior", ["standard", "learned"])
-def test_few_tokens_that_are_revealed_together_get_latents_of_the_prior(prior):
-    settings = {"block_size": 4, "prior": prior, "objective": "per_step", "objective_steps": [1, 2, 4]}
-    every, large = (tiny_model(**settings, latent_min_tokens=number) for number in (1, 3))
-    ids = digits(6, 8)
-    outputs = {}
-    for steps in (1, 2, 4):
-        for model in (every, large):
-            model.config.objective_steps = [steps]
-            outputs[model, steps] = model(input_ids=ids, labels=ids, noise_seeds=torch.arange(6))
-    for steps in (2, 4):  # two tokens, or one
-        assert (outputs[every, steps].kl_per_latent > 0.01).all()
-        assert outputs[large, steps].kl == 0 and (outputs[large, steps].kl_per_latent == 0).all()
-    assert torch.equal(outputs[large, 1].kl_per_latent, outputs[every, 1].kl_per_latent)
-    assert outputs[large, 1].loss == outputs[every, 1].loss
+FEWEST = {"block_size": 4, "objective": "per_step", "objective_steps": [1, 2, 4]}
 
-    # The bound knows, too: with one z for each draw, KL only where three tokens are revealed at once.
-    for steps, has_kl in ((1, True), (2, False), (4, False)):
-        bound = nelbo(large, ids, bound="per_step", num_steps=steps, generator=seeded(0))
-        assert (bound.kl > 0.01).all() if has_kl else (bound.kl.abs() < 1e-6).all()
+
+def of_the_same_weights(model, **changes):
+    config = copy.deepcopy(model.config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    other = VMDForMaskedDiffusion(config).eval()
+    assert not other.load_state_dict(model.state_dict(), strict=False).missing_keys
+    return other
+
+
+@pytest.mark.parametrize("settings", [{}, {"prior": "learned"}, {"latent_position_inputs": True}])
+def test_steps_that_reveal_few_tokens_are_those_of_a_model_without_a_latent(settings):
+    every = tiny_model(**FEWEST, **settings)
+    large = of_the_same_weights(every, latent_min_tokens=3)
+    mdm = of_the_same_weights(every, latent_size=0, prior="standard", latent_position_inputs=False)
+    ids, masks = digits(6, 8), torch.full((6, 8), MASK)
+    for steps in (1, 2, 4):  # of four tokens, two, and one
+        losses = []
+        for model in (every, large, mdm):
+            model.config.objective_steps = [steps]
+            losses.append(model(input_ids=ids, labels=ids, noise_seeds=torch.arange(6)))
+        bounds = [
+            nelbo(model, ids, None, num_steps=steps, bound="per_step", generator=seeded(0)) for model in (large, mdm)
+        ]
+        bounds.append(nelbo(every, ids, num_steps=steps, bound="per_step", generator=seeded(0)))
+        texts = []
+        for model in (large, every):
+            generators = [seeded(row) for row in range(6)]
+            texts.append(model.generate(masks, num_steps=steps, do_sample=True, generator=generators))
+        if steps == 1:
+            assert losses[1].loss == losses[0].loss and torch.equal(losses[1].kl_per_latent, losses[0].kl_per_latent)
+            assert torch.equal(bounds[0].nelbo, bounds[2].nelbo) and (bounds[0].kl > 0.01).all()
+            assert torch.equal(*texts)
+        else:
+            torch.testing.assert_close(losses[1].loss, losses[2].loss)
+            assert losses[1].kl == 0 and (losses[1].kl_per_latent == 0).all()
+            torch.testing.assert_close(bounds[0].nelbo, bounds[1].nelbo)
+            assert (bounds[0].kl == 0).all() and (bounds[2].kl > 0.01).all()
+            assert not torch.equal(*texts)
+
+
+@pytest.mark.parametrize("settings, passes", [({"num_steps": 1}, 3), ({"num_steps": 2}, 4), ({"num_steps": 4}, 8)])
+def test_a_learned_prior_is_read_only_where_a_step_reveals_enough_tokens(settings, passes):
+    """Two blocks of 4; the second one's prior costs a pass, left out where all steps have the null latent."""
+    model = tiny_model(**FEWEST, prior="learned", latent_min_tokens=3)
+    output = model.generate(torch.full((1, 8), MASK), return_dict_in_generate=True, **settings)
+    assert output.num_forward_passes.tolist() == [passes]
+
+
+def test_with_a_confidence_threshold_all_that_is_masked_may_be_revealed():
+    model = tiny_model(**FEWEST, latent_min_tokens=3)
+    seen, modulation_for = [], model.model.for_steps
+    model.model.for_steps = lambda modulation, number: (
+        seen.append(number.tolist()) or modulation_for(modulation, number)
+    )
+    model.generate(torch.full((1, 4), MASK), confidence_threshold=0.999)  # one at a time
+    assert seen == [[[4]], [[3]], [[2]], [[1]]]
 
 
 def test_latent_min_tokens_is_for_single_steps():

@@ -24,6 +24,7 @@ BROKEN_RULES = [
     ({"conditioning_size": 0}, "conditioning_size.*got 0"),
     ({"num_hidden_layers": 0}, "num_hidden_layers.*got 0"),
     ({"max_position_embeddings": 0}, "max_position_embeddings.*got 0"),
+    ({"latent_position_inputs": True, "latent_size": 0}, "latent_position_inputs needs a latent and no backbone"),
     ({"num_latent_encoder_layers": 0}, "num_latent_encoder_layers.*got 0"),
     ({"latent_size": -1}, "latent_size.*got -1"),
     ({"hidden_act": "no_such_act"}, "hidden_act.*'no_such_act'"),

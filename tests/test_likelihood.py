@@ -312,7 +312,7 @@ class CodeOfPair(nn.Module):
     """Posterior of a pair (k, k): z = +1 or -1 by k where both tokens are masked, the prior where one gives the other
     away."""
 
-    def forward(self, clean_embeddings, masked, revealed, attention_context, before=None):
+    def forward(self, clean_embeddings, masked, revealed, position_ids, attention_context, before=None):
         sign = clean_embeddings[:, 0, :1] - clean_embeddings[:, 0, 1:2]  # embeddings are one-hot
         joint = (revealed.sum(-1, keepdim=True) == 2).float()
         return joint * sign, joint * math.log(0.4)
@@ -337,14 +337,15 @@ def perfect_pair():
         model.model.embeddings.embed_tokens.weight.copy_(torch.eye(4)[:3])
     model.latent_encoder = CodeOfPair()
 
-    def hidden_states_of_pair(input_ids, layout, latents, *args, **kwargs):
+    def hidden_states_of_pair(input_ids, layout, modulation, *args, **kwargs):
         """They are the logits."""
         masked = (input_ids == 2)[..., None]
-        from_z = 2.5 * torch.stack([latents, -latents], dim=-1)  # (batch, 1, 2)
+        from_z = 2.5 * torch.stack([modulation, -modulation], dim=-1)  # (batch, 1, 2)
         from_other = 60 * torch.stack([input_ids == 0, input_ids == 1], dim=-1).flip(1).float()
         logits = torch.where(masked.all(1, keepdim=True), from_z, from_other)
         return BaseModelOutput(last_hidden_state=nn.functional.pad(logits, (0, 2)))
 
+    model.model.modulation_by = lambda latents, layout, batch_size: latents
     model.model.forward = hidden_states_of_pair
     return model
 

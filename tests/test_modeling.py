@@ -207,10 +207,10 @@ def test_padding_on_either_side_leaves_the_loss_of_a_row_alone(position, objecti
             torch.testing.assert_close(padded[name], alone[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "concat"])
+@pytest.mark.parametrize("settings", [{}, {"latent_encoder_pooling": "concat"}, {"latent_position_inputs": True}])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_padded_batch_is_its_rows(objective, pooling):
-    model = tiny_model(objective=objective, latent_encoder_pooling=pooling)
+def test_a_padded_batch_is_its_rows(objective, settings):
+    model = tiny_model(objective=objective, **settings)
     rows = [digits(1, length, seed=length)[0] for length in (3, 5, 7, 4)]
     batch = {
         "input_ids": torch.cat([pad_row(row, 7, side, PAD) for row, side in zip(rows, SIDES, strict=True)]),
@@ -1035,6 +1035,23 @@ def test_the_posterior_pools_over_the_tokens_that_are_revealed():
     for index in range(2):  # mean and log-variance are linear in what is pooled
         torch.testing.assert_close(both[index], (alone[0][index] + alone[1][index]) / 2)
         torch.testing.assert_close(both[index], others_changed[index])
+
+
+def test_a_latent_adds_to_the_input_of_each_position_what_it_says_of_that_one():
+    model, x_t, z = tiny_model(latent_position_inputs=True), some_masked(digits(2, 5)), normal(2, 4)
+    without, with_latent = (model(x_t, latents=latents, output_hidden_states=True) for latents in (0 * z, z))
+    conditioner, weight = model.model.conditioner, model.model.modulation.weight
+    said = (
+        conditioner(z) - conditioner(0 * z)
+    ) @ weight.T  # six changes to each of two layers, then sixteen positions
+    expected = said.view(2, 12 + 16, 32)[:, 12 : 12 + 5]
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(with_latent.hidden_states[0] - without.hidden_states[0], expected)
+
+
+def test_with_latents_in_inputs_rows_have_a_longest_length():
+    with pytest.raises(ValueError, match=r"max_position_embeddings = 16.*got 17"):
+        tiny_model(latent_position_inputs=True)(digits(1, 17))
 
 
 def test_concatenated_states_are_a_sum_of_what_each_position_says():

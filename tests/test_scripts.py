@@ -78,14 +78,16 @@ def test_a_text_model_is_trained_resumed_evaluated_and_generates(tmp_path, capsy
     folder = tmp_path / "model"
     recipe = yaml.safe_load((SCRIPTS / "recipes" / "sotu.yaml").read_text())
     if block_size is None:
-        del recipe["block_size"], recipe["prior"]
+        del recipe["block_size"]
+    else:
+        recipe["prior"] = "learned"
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     arguments = [
         str(tmp_path / "recipe.yaml"),
         f"--source={tmp_path}",
         "--sequence_length=16",
         "--latent_size=2",
-        "--latent_min_tokens=1",
+        "--latent_position_inputs=true",
         "--per_device_train_batch_size=8",
         "--per_device_eval_batch_size=4",
         "--num_eval_rows=8",
@@ -147,9 +149,8 @@ def test_an_adapter_is_trained_on_one_author_resumed_and_evaluated_beside_its_ba
     common = [source, "--sequence_length=16", "--save_steps=2", "--save_total_limit=2", "--eval_steps=2", *SMALL]
     base, judge, adapter = (str(tmp_path / name) for name in ("base", "judge", "adapter"))
     recipe = str(SCRIPTS / "recipes" / "sotu.yaml")
-    train_vmd.main([recipe, *common, "--latent_size=2", "--max_steps=2", f"--output_dir={base}"])
-    autoregressive = ["--latent_size=0", "--prior=standard", "--block_size=1", "--objective=per_sample"]
-    autoregressive += ["--objective_steps=1", "--latent_min_tokens=1", "--where", "author=a"]
+    train_vmd.main([recipe, *common, "--latent_size=2", "--prior=learned", "--max_steps=2", f"--output_dir={base}"])
+    autoregressive = ["--block_size=1", "--objective=per_sample", "--objective_steps=1", "--where", "author=a"]
     train_vmd.main([recipe, *common, *autoregressive, "--max_steps=2", f"--output_dir={judge}"])
     before = load_file(f"{base}/model.safetensors")
 
@@ -198,14 +199,19 @@ def test_an_adapter_is_trained_on_one_author_resumed_and_evaluated_beside_its_ba
     assert quality[0]["judge_perplexity"] == pytest.approx(2**found.bits_per_token, rel=1e-4)
 
 
-@pytest.mark.parametrize("recipe", ["sotu.yaml", "text_comparison.yaml"])
-def test_the_adapter_of_the_recipe_has_less_than_a_twentieth_of_the_weights(tmp_path, recipe):
-    """And it is trained without a warm-up of the KL term, which the model may not have ended."""
-    args, data, _ = train_vmd.parse([str(SCRIPTS / "recipes" / recipe), "--report_to=none"])
+def test_the_adapter_of_the_recipe_has_less_than_a_twentieth_of_the_weights(tmp_path):
+    """Of a model of blocks that has been given a latent. It is trained without a warm-up of the KL term, which the
+    model may not have ended."""
     tokenizer = character_tokenizer()
-    base = train_vmd.build_model(args, tokenizer, data.sequence_length, num_training_forwards=1000)
-    base.save_pretrained(tmp_path)
-    assert base.config.kl_warmup_steps == 500
+    for recipe in ("sotu", "sotu_latent"):
+        arguments = [str(SCRIPTS / "recipes" / f"{recipe}.yaml"), "--report_to=none"]
+        args, data, _ = train_vmd.parse(
+            [*arguments, *([] if recipe == "sotu" else [f"--model_name_or_path={tmp_path}"])]
+        )
+        base = train_vmd.build_model(args, tokenizer, data.sequence_length, num_training_forwards=1000)
+        base.save_pretrained(tmp_path)
+        assert base.generation_config.resample_latents == (recipe == "sotu_latent")
+    assert base.config.kl_warmup_steps == 300 and base.config.block_size == 4
     arguments = [str(SCRIPTS / "recipes" / "sotu_lora.yaml"), f"--model_name_or_path={tmp_path}", "--report_to=none"]
     args, data, _ = train_vmd.parse(arguments)
     assert data.where == ["president=Roosevelt", "party=Democratic"]
@@ -240,15 +246,23 @@ def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_aga
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     steps = [sorted({bound["num_steps"] for bound in result["bounds"]}) for result in results]
     assert steps == [[1], [1, 2, 4, 8, 16], [1, 2, 4], [1, 2, 4, 8]]
-    passes = {line["row"]: line["passes a character"] for line in compare_text.lines_of(results)}
-    assert passes == {"autoregressive": 1, "mdm": 1, "block-4": 1, "vmd-8": 9 / 8}  # the last: one more for its prior
+    lines = compare_text.lines_of(results)
+    passes = {line["row"]: line["passes a character"] for line in lines}
+    assert passes == {"autoregressive": 1, "mdm": 1, "block-4": 1, "vmd-8": 1}
+    passes = {line["steps a block"]: line["passes a character"] for line in lines if line["row"] == "vmd-8"}
+    assert passes == {1: 2 / 8, 2: 3 / 8, 4: 4 / 8, 8: 1}  # one more for the prior, where steps have a latent
     assert set(results[2]["samples"]) == {"1", "2", "4"} and all(results[2]["samples"].values())
     assert imread(tmp_path / "out" / "frontier.png").shape[1] == 880
 
-    seconds = results[0]["training_seconds"]
-    compare_text.main([*arguments, "--rows", "autoregressive"])
-    (result,) = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert result["training_seconds"] == seconds
+    assert [len(result["training"]) for result in results] == [1, 1, 1, 2]
+    training = results[3]["training"][1]
+    assert training["updates"] == 2
+    assert training["tokens_per_second"] == pytest.approx(2 * 16 * 16 / training["seconds"])
+    assert 0 < training["share_of_matmul_peak"] < 1
+
+    compare_text.main([*arguments, "--rows", "autoregressive", "block-8"])
+    again = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [*again[:3], again[4]] == results and again[3]["row"] == "block-8"
 
 
 def test_a_model_of_whole_boards_completes_clues_that_leave_many_solutions(tmp_path):

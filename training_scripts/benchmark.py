@@ -120,9 +120,9 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def matmul_peak(size: int = 2048, repeats: int = 10) -> float:
-    """FLOP/s of a square float32 matrix product, the best of several."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+def matmul_peak(size: int = 2048, repeats: int = 10, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of a square matrix product, the best of several."""
+    a, b = torch.randn(2, size, size, dtype=dtype)
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()

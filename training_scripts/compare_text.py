@@ -6,13 +6,14 @@
 All models have the same size (a VMD also has its latent path), the same data in the same order and about the same
 training time: the numbers of updates were chosen for that, and the time that a row took is reported. The bounds are
 those of `vmd_hf.corpus_bound` on the test split, for samplers of 1, 2, 4 and 8 steps a block. Prints a table, writes
-`results.json`, and draws bits a character over forward passes a character. A row that is there already is not trained
-again, and one that was interrupted goes on from its last checkpoint. All other arguments are those of train_vmd.py,
-and change every row.
+`results.json`, and draws bits a character over forward passes a character, of all rows in the output folder. A row
+that is there already is not trained again, and one that was interrupted goes on from its last checkpoint. All other
+arguments are those of train_vmd.py, and change every row.
 """
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from benchmark import matmul_peak
 from evaluate_vmd import (
     EvaluationArguments,
     draw_samples,
@@ -28,6 +30,7 @@ from evaluate_vmd import (
     print_table,
     write_json,
 )
+from torch.utils.flop_counter import FlopCounterMode
 from train_vmd import DataArguments, ModelArguments, parse, train
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
@@ -38,35 +41,37 @@ from vmd_hf.training import last_whole_checkpoint
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-FEW_STEPS = {"objective": "per_step", "objective_steps": [1, 2, 4]}
-# Second half of a VMD's training: one step a block is what z is for, the others are not to be forgotten.
+# Of models with blocks. One step a block is what z is for; all of them train for it alike.
+FEW_STEPS = {"objective": "per_step", "objective_steps": [1, 1, 1, 1, 1, 2, 2, 4]}
+# The second stage of a VMD with blocks: what the context tells is learned before what z tells.
 WITH_LATENT = {
     "latent_size": 16,
+    "latent_position_inputs": True,
     "prior": "learned",
     "objective": "per_step",
-    "objective_steps": [1, 1, 1, 1, 1, 1, 2, 4],
+    "objective_steps": [1, 1, 1, 2, 4],
     "latent_min_tokens": 3,
-    "learning_rate": 1e-3,
+    "kl_warmup_ratio": 0.3,
+    "learning_rate": 2e-3,
+    "max_steps": 2200,
 }
-# How each row changes the recipe. The numbers of updates make the training times about equal. The last of a row's
-# stages starts from the model of the one before: a denoiser that has learned what the context tells, before z does.
+# How each row changes the recipe, in stages that start from one another. The numbers of updates make the training
+# times about equal.
 ROWS: dict[str, list[dict[str, Any]]] = {
-    "autoregressive": [{"block_size": 1, "objective": "per_sample", "objective_steps": [1], "max_steps": 4100}],
-    "mdm": [{"objective": "vmd", "max_steps": 10000}],
-    "vmd": [{"latent_size": 16, "objective": "vmd", "max_steps": 7000}],
-    "block-4": [{"block_size": 4, **FEW_STEPS, "max_steps": 4000}],
-    "block-8": [{"block_size": 8, **FEW_STEPS, "max_steps": 4100}],
-    "vmd-4": [{"block_size": 4, **FEW_STEPS, "max_steps": 2000}, {**WITH_LATENT, "max_steps": 1600}],
-    "vmd-8": [{"block_size": 8, **FEW_STEPS, "max_steps": 2050}, {**WITH_LATENT, "max_steps": 1600}],
+    "autoregressive": [{"block_size": 1, "objective": "per_sample", "objective_steps": [1], "max_steps": 6500}],
+    "mdm": [{"objective": "vmd", "max_steps": 16000}],
+    "vmd": [{"latent_size": 16, "objective": "vmd", "max_steps": 11000}],
+    "block-4": [{"block_size": 4, **FEW_STEPS, "max_steps": 6500}],
+    "block-8": [{"block_size": 8, **FEW_STEPS, "max_steps": 6500}],
+    "vmd-4": [{"block_size": 4, **FEW_STEPS, "max_steps": 4000}, WITH_LATENT],
+    "vmd-8": [{"block_size": 8, **FEW_STEPS, "max_steps": 4000}, WITH_LATENT],
 }
 
 
-def run_row(
-    row: str, seed: int, recipe_arguments: list[str], folder: Path, num_eval_rows: int, split: str
-) -> dict[str, Any]:
+def run_row(row: str, seed: int, recipe_arguments: list[str], folder: Path, num_eval_rows: int, split: str) -> None:
     """Trains and evaluates one model, unless its results are there."""
     if (folder / "row.json").exists():
-        return json.loads((folder / "row.json").read_text())
+        return
     recipe, *changes = recipe_arguments
     stages = []
     for number, stage in enumerate(ROWS[row]):
@@ -77,36 +82,55 @@ def run_row(
         if number:
             settings += ["--model_name_or_path", str(folder / f"stage-{number - 1}")]
         arguments = parse([recipe, *settings, *changes, f"--seed={seed}", f"--output_dir={stage_folder}"])
-        stages.append(run_stage(arguments, stage_folder / "stage.json"))
+        stages.append(train_stage(arguments, stage_folder / "training.json"))
     model = VMDForMaskedDiffusion.from_pretrained(stage_folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(stage_folder)
     result = {
         "row": row,
         "seed": seed,
-        "stages": stages,
-        "training_seconds": sum(stage["seconds"] for stage in stages),
         "parameters": model.num_parameters(),
+        "training": stages,
         **evaluate_row(model, tokenizer, arguments[1], num_eval_rows, split),
     }
     write_json(folder / "row.json", result)
-    return result
 
 
-def run_stage(arguments: tuple[ModelArguments, DataArguments, TrainingArguments], path: Path) -> dict[str, Any]:
-    """Trains, unless that is done, and says how long it takes (whatever part of it was done before a stop)."""
+def train_stage(arguments: tuple[ModelArguments, DataArguments, TrainingArguments], path: Path) -> dict[str, Any]:
+    """Trains, unless that is done, and says how long it takes (whatever part was done before a stop) and how fast it
+    is beside a matrix product in the same type."""
     if path.exists():
         return json.loads(path.read_text())
-    training_args = arguments[2]
+    _, data_args, training_args = arguments
     training_args.resume_from_checkpoint = "true"
     checkpoint = last_whole_checkpoint(training_args.output_dir)
     first = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
     start = time.perf_counter()
-    updates = train(*arguments).state.global_step
-    seconds = (time.perf_counter() - start) * updates / max(updates - first, 1)
-    tokens = training_args.per_device_train_batch_size * arguments[1].sequence_length
-    result = {"updates": updates, "seconds": seconds, "tokens_per_second": updates * tokens / seconds}
+    trainer = train(*arguments)
+    seconds = time.perf_counter() - start
+    for record in trainer.state.log_history:  # without setting up
+        seconds = record.get("train_runtime", seconds)
+    updates = trainer.state.global_step
+    per_update = seconds / max(updates - first, 1)
+    shape = training_args.per_device_train_batch_size, data_args.sequence_length
+    peak = matmul_peak(dtype=torch.bfloat16 if training_args.bf16 else torch.float32)
+    result = {
+        "updates": updates,
+        "seconds": updates * per_update,
+        "tokens_per_second": math.prod(shape) / per_update,
+        "share_of_matmul_peak": flops_of_update(trainer.model, shape) / per_update / peak,
+    }
     write_json(path, result)
     return result
+
+
+def flops_of_update(model: PreTrainedModel, shape: tuple[int, int]) -> int:
+    """Of the matrix products of a forward and a backward pass."""
+    input_ids = torch.zeros(shape, dtype=torch.long, device=model.device)
+    model.train()
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=input_ids, labels=input_ids).loss.backward()
+    model.zero_grad()
+    return counter.get_total_flops()
 
 
 def evaluate_row(
@@ -124,7 +148,7 @@ def evaluate_row(
     batches = torch.as_tensor(rows[:num_eval_rows]["input_ids"]).to(model.device).split(50)
     num_steps = sorted({number for number in (1, 2, 4, 8) if number < width} | {width})
     few, many = ([number for number in num_steps if (number > 8) == is_many] for is_many in (False, True))
-    evaluations = [EvaluationArguments(num_steps=few, num_draws=[1, 8])]
+    evaluations = [EvaluationArguments(num_steps=few, num_draws=[1, 16])]
     evaluations += [EvaluationArguments(num_steps=many)] if many else []
     samples = {
         str(number): tokenizer.decode(draw_samples(model, length, 1, 0, do_sample=True, num_steps=number)[0])
@@ -133,7 +157,7 @@ def evaluate_row(
     return {
         "width": width,
         "length": length,
-        "passes_for_prior": int(model.config.prior == "learned"),
+        "latent_min_tokens": model.config.latent_min_tokens if model.config.prior == "learned" else None,
         "objective": evaluate_objective(model, batches),
         "bounds": [bound for evaluation in evaluations for bound in evaluate_bounds(model, batches, evaluation)],
         "samples": samples,
@@ -161,12 +185,15 @@ def lines_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def passes_per_character(result: dict[str, Any], bound: dict[str, Any]) -> float:
-    return (bound["num_steps"] + result["passes_for_prior"]) / result["width"]
+    """A learned prior takes one more for a block, where a step reveals enough tokens for a latent."""
+    fewest, largest = result["latent_min_tokens"], -(-result["width"] // bound["num_steps"])
+    return (bound["num_steps"] + (fewest is not None and largest >= fewest)) / result["width"]
 
 
 def draw_frontier(results: list[dict[str, Any]], path: Path) -> None:
-    """Bits a character over forward passes a character, a line for each row (the lowest of its bounds)."""
+    """Bits a character over forward passes a character, a line for each row and seed (the lowest of its bounds)."""
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    colours = {row: f"C{number}" for number, row in enumerate(ROWS)}
     for result in results:
         lowest: dict[float, tuple[float, float]] = {}
         for bound in sorted(result["bounds"], key=lambda bound: -bound["bits_per_token"]):
@@ -174,11 +201,18 @@ def draw_frontier(results: list[dict[str, Any]], path: Path) -> None:
             lowest[passes_per_character(result, bound)] = (bound["bits_per_token"], error)
         passes = sorted(lowest)
         bits, errors = zip(*(lowest[x] for x in passes), strict=True)
-        axis.errorbar(passes, bits, errors, marker="o", capsize=3, label=f"{result['row']}, seed {result['seed']}")
+        label = result["row"] if result["seed"] == results[0]["seed"] else None
+        axis.errorbar(passes, bits, errors, marker="o", capsize=3, color=colours[result["row"]], label=label)
     axis.set(xscale="log", xlabel="forward passes a character", ylabel="bits a character (upper bound, 95 % interval)")
     axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def results_in(folder: Path) -> list[dict[str, Any]]:
+    """Of all rows that are there, whenever they were trained."""
+    results = [json.loads(path.read_text()) for path in folder.glob("*/row.json")]
+    return sorted(results, key=lambda result: (result["seed"], list(ROWS).index(result["row"])))
 
 
 def main(argv: list[str]) -> None:
@@ -192,12 +226,15 @@ def main(argv: list[str]) -> None:
     if not (recipe_arguments and recipe_arguments[0].endswith(".yaml")):
         recipe_arguments = [str(Path(__file__).parent / "recipes" / "text_comparison.yaml"), *recipe_arguments]
     output_dir = Path(options.output_dir)
-    results = [
-        run_row(row, seed, recipe_arguments, output_dir / f"{row}-{seed}", options.num_eval_rows, options.eval_split)
-        for seed in options.seeds
-        for row in options.rows
-    ]
+    for seed in options.seeds:
+        for row in options.rows:
+            folder = output_dir / f"{row}-{seed}"
+            run_row(row, seed, recipe_arguments, folder, options.num_eval_rows, options.eval_split)
+    results = results_in(output_dir)
     print_table("Upper bounds on the bits a character, with their 95 % interval", lines_of(results))
+    names = ("row", "seed", "parameters")
+    lines = [{name: result[name] for name in names} | stage for result in results for stage in result["training"]]
+    print_table("Training", lines)
     write_json(output_dir / "results.json", results)
     draw_frontier(results, figure := output_dir / "frontier.png")
     print(f"frontier: {figure}; results: {output_dir}/results.json")

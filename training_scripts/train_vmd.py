@@ -3,7 +3,7 @@
     python training_scripts/train_vmd.py training_scripts/recipes/d1.yaml
     python training_scripts/train_vmd.py training_scripts/recipes/sotu.yaml --seed 1 --output_dir outputs/sotu-1
     python training_scripts/train_vmd.py training_scripts/recipes/sotu.yaml --resume_from_checkpoint true
-    python training_scripts/train_vmd.py training_scripts/recipes/sotu_lora.yaml --model_name_or_path outputs/sotu
+    python training_scripts/train_vmd.py training_scripts/recipes/sotu_lora.yaml --lora_r 8
     accelerate launch --config_file training_scripts/accelerate_configs/gpu_8.yaml training_scripts/train_vmd.py ...
 
 The recipe is a YAML file of the arguments that `--help` lists; what stands on the command line wins. The model and its
@@ -34,7 +34,7 @@ from transformers import (
     set_seed,
 )
 
-from vmd_hf import VMDConfig, VMDForMaskedDiffusion
+from vmd_hf import VMDConfig, VMDForMaskedDiffusion, VMDGenerationConfig
 from vmd_hf.data.sudoku import (
     SudokuCollator,
     generate_puzzles,
@@ -79,6 +79,7 @@ class ModelArguments:
     prior: Literal["standard", "learned"] = "standard"
     conditioning_size: int = 128
     conditioner_initializer_range: float | None = field(default=None, metadata={"help": "Initial scale of z's maps."})
+    latent_position_inputs: bool = field(default=False, metadata={"help": "z adds to each position's input, too."})
     num_latent_encoder_layers: int = 1
     latent_encoder_pooling: Literal["mean", "concat"] = "mean"
     objective: Literal["vmd", "per_sample", "per_step"] = "vmd"
@@ -181,13 +182,16 @@ def build_model(
         "prior": args.prior if args.latent_size else "standard",
         "conditioning_size": args.conditioning_size,
         "conditioner_initializer_range": args.conditioner_initializer_range,
+        "latent_position_inputs": args.latent_position_inputs and args.latent_size > 0,
         "num_latent_encoder_layers": args.num_latent_encoder_layers,
         "latent_encoder_pooling": args.latent_encoder_pooling,
     }
     if args.model_name_or_path:
-        if args.latent_size and not VMDConfig.from_pretrained(args.model_name_or_path).latent_size:
-            settings |= latent_settings
-        return VMDForMaskedDiffusion.from_pretrained(args.model_name_or_path, **settings)
+        if not args.latent_size or VMDConfig.from_pretrained(args.model_name_or_path).latent_size:
+            return VMDForMaskedDiffusion.from_pretrained(args.model_name_or_path, **settings)
+        model = VMDForMaskedDiffusion.from_pretrained(args.model_name_or_path, **settings, **latent_settings)
+        model.generation_config = VMDGenerationConfig.from_model_config(model.config)  # the sampler that it has now
+        return model
     config = VMDConfig(
         vocab_size=len(tokenizer),
         mask_token_id=tokenizer.mask_token_id,

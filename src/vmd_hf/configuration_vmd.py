@@ -57,6 +57,9 @@ class VMDConfig(PreTrainedConfig):
         conditioner_initializer_range: Standard deviation of the initial weights of the two maps from `z` to that
             vector; `None` means one that keeps the variance, `1 / sqrt(inputs)`. Small ones (0.02) are slower to learn
             from and learn features that the positions share: where several tokens must agree on one of many modes.
+        latent_position_inputs: Whether z also adds a vector to the input of each position (of a block, or up to
+            `max_position_embeddings`), another one for each: what it tells of a single token need not go by way of
+            features that all positions share. Costs `conditioning_size * hidden_size` weights a position.
         num_latent_encoder_layers: Transformer layers of the posterior `q(z | x_0, x_t)`.
         latent_encoder_pooling: What the posterior makes of the tokens that z has to tell: `"mean"` of their hidden
             states, or `"concat"`, a matrix of its own for each position (of a block, or up to
@@ -74,9 +77,9 @@ class VMDConfig(PreTrainedConfig):
             1509.00519). Several make up for a true posterior that is no Gaussian, and cost a pass of the denoiser
             each. Under `per_sample` with `objective_steps=(1,)` only: a single random step may not stand in a
             logarithm.
-        latent_min_tokens: Under `per_step`, the posterior is the prior where fewer tokens are revealed together. A
-            single token needs no latent, and two hardly gain what it costs: while they learn to do without, a model of
-            several numbers of steps can lose the latent where it pays.
+        latent_min_tokens: Under `per_step`, a step that reveals fewer tokens has the null latent, in training, bounds
+            and `generate` alike: it is a step of a plain masked diffusion model. A single token needs no latent, and a
+            random one would be noise. (A step with a `confidence_threshold` may reveal all that is masked.)
         kl_weight: Weight (beta) of the KL term.
         kl_warmup_steps: Training-mode forward passes over which the weight of the KL term grows from 0 to
             `kl_weight`, as the cube of their share. Without it the posterior tends to collapse. 0 turns it off. Its
@@ -126,6 +129,7 @@ class VMDConfig(PreTrainedConfig):
     latent_size: int = 64
     conditioning_size: int = 128
     conditioner_initializer_range: float | int | None = None
+    latent_position_inputs: bool = False
     num_latent_encoder_layers: int = 1
     latent_encoder_pooling: Literal["mean", "concat"] = "mean"
     block_size: int | None = None
@@ -204,6 +208,11 @@ class VMDConfig(PreTrainedConfig):
             raise ValueError(
                 "prior='learned' needs blocks, whose earlier ones it sees, and a latent, got "
                 f"block_size={self.block_size} and latent_size={self.latent_size}"
+            )
+        if self.latent_position_inputs and (self.latent_size == 0 or self.backbone_config is not None):
+            raise ValueError(
+                "latent_position_inputs needs a latent and no backbone, got "
+                f"latent_size={self.latent_size} and backbone_config={self.backbone_config}"
             )
         if self.loop_loss and self.num_loops == 1:
             raise ValueError("loop_loss needs num_loops of at least 2, got 1")

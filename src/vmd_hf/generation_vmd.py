@@ -682,7 +682,11 @@ class VMDGenerationMixin:
             row_steps = torch.full_like(num_maskable, config.num_steps)
         prior = None
         if self.model.latent_prior is not None and not state.given_latents:
-            prior = self._read_prior(state, rows, round_index)
+            largest = num_maskable  # what a step reveals at most
+            if config.confidence_threshold is None:
+                largest = torch.div(num_maskable - 1, row_steps.clamp(min=1), rounding_mode="floor") + 1
+            if (largest >= self.config.latent_min_tokens).any():
+                prior = self._read_prior(state, rows, round_index)
         modulation = None
         step = 0
         while len(active := (masked.any(-1) & ~state.stopped[rows]).nonzero().squeeze(-1)):
@@ -691,18 +695,19 @@ class VMDGenerationMixin:
                 if not state.given_latents:
                     state.latents[rows[active], round_index] = self._draw_latents(rows[active], state, prior, active)
                 modulation = self.model.modulation_of(state.latents[rows, round_index, None])
+            open_now, done_now = masked[active], fillable[active] & ~masked[active]
+            before = num_revealed(step - 1, num_maskable, row_steps)[active]
+            after = num_revealed(step, num_maskable, row_steps)[active]
+            at_most = after - before if config.confidence_threshold is None else open_now.sum(-1)
             chosen, confidence, chosen_probability = self._predict(
                 state,
                 rows[active],
                 round_index,
                 tokens[active],
                 masked[active],
-                None if modulation is None else modulation[active],
+                None if modulation is None else self.model.for_steps(modulation[active], at_most[:, None]),
                 step == 1 and prior is None,
             )
-            before = num_revealed(step - 1, num_maskable, row_steps)[active]
-            after = num_revealed(step, num_maskable, row_steps)[active]
-            open_now, done_now = masked[active], fillable[active] & ~masked[active]
             again = torch.zeros_like(open_now)
             if config.corrector is not None:
                 sigma = corrector_probability(

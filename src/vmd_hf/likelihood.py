@@ -125,7 +125,7 @@ def nelbo(
     model = _base_model(model)
     with _evaluation_mode(model):
         problem = _pose(model, input_ids, labels, attention_mask, position_ids, num_steps)
-        num_samples = num_samples if model.config.latent_size else 1
+        num_samples = num_samples if problem.has_latent().any() else 1
         noise = _draw_noise(problem, bound, num_samples, num_orders, generator)
         batch_size = batch_size or max(len(input_ids), 1)
         cross_entropy, kl, log_weight = _run(problem, bound, noise, batch_size, show_progress)
@@ -221,9 +221,15 @@ class _Problem:
     def max_steps(self) -> int:
         return int(self.row_steps.max()) if self.row_steps.numel() else 0
 
+    def has_latent(self) -> torch.Tensor:
+        """(batch, N) bool: whether some step reveals enough tokens for a latent."""
+        config = self.model.config
+        largest = torch.div(self.num_maskable - 1, self.row_steps.clamp(min=1), rounding_mode="floor") + 1
+        return (largest >= config.latent_min_tokens) & (self.row_steps > 0) & (config.latent_size > 0)
+
     def is_random(self) -> torch.Tensor:
         """(batch,) bool: whether a row's value depends on what is drawn."""
-        return (self.row_steps > (0 if self.model.config.latent_size else 1)).any(-1)
+        return ((self.row_steps > 1) | self.has_latent()).any(-1)
 
 
 @dataclass
@@ -266,7 +272,7 @@ def _draw_noise(problem: _Problem, bound, num_samples, num_orders, generator) ->
     uniform[problem.maskable] = draw(torch.rand, counts, (num_orders,), generator, device)
     rank = uniform.permute(3, 0, 1, 2).argsort(dim=-1, stable=True).argsort(dim=-1)
     size = problem.model.config.latent_size
-    if size == 0:
+    if not problem.has_latent().any():
         return _Noise(rank, None)
     groups = torch.arange(problem.max_steps if bound == "per_step" else 1, device=device)
     has_latent = groups < problem.row_steps[..., None]  # (batch, N, groups)
@@ -304,12 +310,12 @@ def _run(problem: _Problem, bound, noise: _Noise, batch_size, show_progress):
         latents = None
         if noise.latent is not None:
             group = torch.zeros_like(step) if kept else step
-            paid = problem.maskable[rows] if kept else revealed
+            paid = problem.has_latent()[rows] if kept else revealed.sum(-1) >= problem.model.config.latent_min_tokens
             statistics = [part[rows] for part in posterior] if kept else _encode(problem, rows, masked, revealed)
             epsilon = noise.latent[rows, :, group, draws].transpose(1, 2)  # (states, num_samples, N, latent_size)
             latents, kl_now, log_weight_now = _sample(problem, rows, *statistics, epsilon)
-            kl[draws, group, rows] = kl_now * paid.any(-1)
-            log_weight[draws, group, :, rows] = log_weight_now * paid.any(-1)[:, None]
+            kl[draws, group, rows] = kl_now * paid
+            log_weight[draws, group, :, rows] = log_weight_now * paid[:, None]
         cross_entropy[draws, step, :, rows] = _cross_entropy(
             problem, rows, masked, revealed, latents, num_samples, batch_size
         )
@@ -339,8 +345,7 @@ def _encode(problem: _Problem, rows, masked, revealed) -> tuple[torch.Tensor, to
     )
     corruption = Corruption(masked, revealed, weight=torch.ones(len(masked), device=masked.device))
     before = None if problem.before is None else problem.before[rows].flatten(0, 1)
-    prior = tuple(part[rows].flatten(0, 1) for part in problem.prior or ())
-    statistics = model.encode(clean.view(len(rows), -1), layout, maskable, corruption, before, prior)
+    statistics = model.encode(clean.view(len(rows), -1), layout, maskable, corruption, before)
     return tuple(part.unflatten(0, (len(rows), -1)) for part in statistics)
 
 
@@ -364,10 +369,13 @@ def _cross_entropy(problem: _Problem, rows, masked, revealed, latents, num_sampl
     parts = []
     for chunk in torch.arange(len(rows) * num_samples, device=rows.device).split(batch_size):
         state = chunk // num_samples
+        layout = problem.layout.select(rows[state])
+        modulation = model.model.modulation_by(None if latents is None else latents[chunk], layout, len(chunk))
+        modulation = model.model.for_steps(modulation, revealed[state].sum(-1))
         outputs = model.model(
             x_t[state],
-            latents=None if latents is None else latents[chunk],
-            layout=problem.layout.select(rows[state]),
+            modulation=modulation,
+            layout=layout,
             context=None if problem.context is None else problem.context.select(rows[state]),
             return_dict=True,
         )

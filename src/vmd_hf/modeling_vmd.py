@@ -201,11 +201,6 @@ class VMDZeroLinear(nn.Linear):
     """A linear layer whose weights start at zero."""
 
 
-def identity_modulation(like: torch.Tensor) -> torch.Tensor:
-    """(6, 1): what leaves a layer as it is."""
-    return like.new_tensor([0, 1, 1, 0, 1, 1])[:, None]
-
-
 def modulate(hidden_states, shift, scale):
     """(batch, length, hidden) with one shift and scale (batch, blocks, hidden) for each of its equal blocks."""
     if scale is None:
@@ -417,7 +412,10 @@ class VMDModel(VMDPreTrainedModel):
         self.conditioner = VMDConditioner(config) if config.latent_size else None
         # adaLN-zero: a shift, a scale and a gate for each half of each layer. With zero weights it is the identity, so
         # that training starts from a plain masked diffusion model.
-        size = config.num_hidden_layers * 6 * config.hidden_size
+        self.num_inputs = 0
+        if config.latent_position_inputs:
+            self.num_inputs = config.block_size or config.max_position_embeddings
+        size = (config.num_hidden_layers * 6 + self.num_inputs) * config.hidden_size
         self.modulation = VMDZeroLinear(config.conditioning_size, size) if config.latent_size else None
         self.latent_prior = VMDLatentPrior(config) if config.prior == "learned" else None
         self.rotary_emb = LlamaRotaryEmbedding(config) if config.position_embedding_type == "rotary" else None
@@ -549,9 +547,14 @@ class VMDModel(VMDPreTrainedModel):
                 "attention_mask": block_attention_mask(self.config, query, key, hidden_states.dtype),
                 "position_embeddings": self.rotary_angles(hidden_states, position_ids),
             }
+        if modulation is not None and self.num_inputs:
+            inputs = modulation[:, :, -self.num_inputs :].flatten(1, 2)  # (batch, N * num_inputs, hidden)
+            if self.config.block_size is None:
+                inputs = inputs.gather(1, layout.position_ids[..., None].expand(*input_ids.shape, inputs.shape[-1]))
+            hidden_states = hidden_states + nn.functional.pad(inputs, (0, 0, num_new, 0))
         if modulation is not None and num_new:  # clean tokens have the null latent: no modulation at all
             shape = (len(modulation), num_new // layout.width, *modulation.shape[2:])
-            modulation = torch.cat([identity_modulation(modulation).expand(shape), modulation], dim=1)
+            modulation = torch.cat([self.null_modulation(modulation).expand(shape), modulation], dim=1)
         hidden_states, keys_values = self.run_layers(
             hidden_states,
             input_ids.shape[1] if clean else num_new,
@@ -579,7 +582,9 @@ class VMDModel(VMDPreTrainedModel):
     def run_layers(self, hidden_states, num_new, keys_values, modulation, **kwargs):
         """The layers (`num_loops` times), and each one's keys and values at the first `num_new` tokens."""
         new = []
-        modulations = [None] * len(self.layers) if modulation is None else modulation.unbind(2)
+        modulations = [None] * len(self.layers)
+        if modulation is not None:
+            modulations = modulation[:, :, : 6 * len(self.layers)].unflatten(2, (-1, 6)).unbind(2)
         for index in range(self.config.num_loops * len(self.layers)):
             layer = index % len(self.layers)
             context = None if keys_values is None else keys_values[index]
@@ -601,11 +606,23 @@ class VMDModel(VMDPreTrainedModel):
         return self.modulation_of(latents.view(shape))
 
     def modulation_of(self, latents: torch.Tensor) -> torch.Tensor:
-        """What latents (batch, N, latent_size) do to the layers, (batch, N, layers, 6, hidden_size): computed once, it
-        may be given to many passes."""
-        change = self.modulation(self.conditioner(latents))
-        change = change.unflatten(-1, (len(self.layers), 6, self.config.hidden_size))
-        return change + identity_modulation(change)
+        """What latents (batch, N, latent_size) do, (batch, N, 6 * layers + num_inputs, hidden_size): shifts, scales
+        and gates of the layers, and what is added to the inputs of a unit's positions. Computed once, it may be given
+        to many passes."""
+        change = self.modulation(self.conditioner(latents)).unflatten(-1, (-1, self.config.hidden_size))
+        return change + self.null_modulation(change)
+
+    def null_modulation(self, like: torch.Tensor) -> torch.Tensor:
+        """(6 * layers + num_inputs, 1): what leaves everything as it is."""
+        return like.new_tensor([0, 1, 1, 0, 1, 1] * len(self.layers) + [0] * self.num_inputs)[:, None]
+
+    def for_steps(self, modulation: torch.Tensor | None, num_revealed: torch.Tensor) -> torch.Tensor | None:
+        """The modulation of units that reveal (batch, N) tokens in a step: that of the null latent where these are
+        fewer than `latent_min_tokens`."""
+        if modulation is None or self.config.latent_min_tokens == 1:
+            return modulation
+        few = num_revealed < self.config.latent_min_tokens
+        return torch.where(few[..., None, None], self.null_modulation(modulation), modulation)
 
 
 class PassThrough(nn.Module):
@@ -668,6 +685,11 @@ class VMDBackbone(VMDModel):
     def modulation_of(self, latents: torch.Tensor) -> torch.Tensor:
         """What latents (batch, 1, latent_size) add to every token's embedding, (batch, 1, hidden_size)."""
         return self.modulation(self.conditioner(latents))
+
+    def for_steps(self, modulation: torch.Tensor | None, num_revealed: torch.Tensor) -> torch.Tensor | None:
+        if modulation is None:
+            return None
+        return modulation * (num_revealed >= self.config.latent_min_tokens)[..., None]
 
     def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., hidden_size) to (..., vocab_size): the whole masked language model but for its encoder."""
@@ -913,9 +935,9 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         per_latent = (len(clean),) if self.config.block_size is None else (len(clean), layout.num_blocks)
         if self.latent_encoder is not None:
             prior = () if self.model.latent_prior is None else self.model.latent_prior(before)
-            q_mean, q_log_variance = self.encode(clean, layout, maskable, corruption, before, prior)
+            q_mean, q_log_variance = self.encode(clean, layout, maskable, corruption, before)
             kl_elements = gaussian_kl(q_mean, q_log_variance, *prior)  # (units, latent_size)
-            kl_elements = kl_elements * corruption.revealed.any(-1, keepdim=True)
+            kl_elements = kl_elements * self._has_latent(corruption)
             mean, log_variance, *prior = (part[:, None] for part in (q_mean, q_log_variance, *prior))
             latents, log_ratio = draw_latents(mean, log_variance, noise[2], *prior)  # (units, draws, latent_size)
             latents = latents.unflatten(0, (len(clean), -1)).transpose(1, 2).flatten(0, 1)  # (rows * draws, N, size)
@@ -931,7 +953,11 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         loop_loss = self.config.loop_loss and self.training
         if loop_loss:
             kwargs["output_hidden_states"] = True
-        outputs = self.model(x_t, latents=latents, layout=draws_layout, context=context, return_dict=True, **kwargs)
+        modulation = self.model.modulation_by(latents, draws_layout, len(x_t))
+        modulation = self.model.for_steps(modulation, revealed.unflatten(1, (-1, layout.width)).sum(-1))
+        outputs = self.model(
+            x_t, modulation=modulation, layout=draws_layout, context=context, return_dict=True, **kwargs
+        )
         num_items = maskable.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         num_items = num_items.clamp(min=1)
         weight = corruption.weight / num_items
@@ -949,7 +975,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         if num_draws == 1:
             loss = reconstruction_loss + self._kl_weight() * kl_loss
         else:
-            log_ratio = log_ratio.sum(-1) * corruption.revealed.any(-1, keepdim=True)
+            log_ratio = log_ratio.sum(-1) * self._has_latent(corruption)
             evidence = self._kl_weight() * log_ratio - reconstruction  # (units, draws)
             loss = (weight * (math.log(num_draws) - evidence.logsumexp(-1))).sum()
         if loop_loss:
@@ -975,12 +1001,11 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         maskable: torch.Tensor,
         corruption: Corruption,
         before: torch.Tensor | None = None,
-        prior: tuple[torch.Tensor, ...] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of the posterior of the config's objective, each (batch * N, latent_size) float32.
 
         `input_ids` (batch, N * width) are clean and on the grid; `maskable` and `corruption` are those of its units,
-        and so are `before` and the learned `prior`.
+        and so is `before`.
         """
         masked, revealed = corruption.masked, corruption.revealed
         if self.config.objective == "per_sample":  # one z for all steps: q(z | x_0, all masked)
@@ -992,12 +1017,11 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             real = real | ~real.any(-1, keepdim=True)  # a block of padding alone may attend to itself
         position_ids = layout.units(layout.position_ids)
         context = self.model.attention_context(embeddings, real, position_ids)
-        posterior = self.latent_encoder(embeddings, masked, revealed, position_ids, context, before)
-        if self.config.latent_min_tokens > 1:
-            enough = revealed.sum(-1, keepdim=True) >= self.config.latent_min_tokens
-            prior = prior or tuple(torch.zeros_like(part) for part in posterior)
-            posterior = tuple(torch.where(enough, *parts) for parts in zip(posterior, prior, strict=True))
-        return posterior
+        return self.latent_encoder(embeddings, masked, revealed, position_ids, context, before)
+
+    def _has_latent(self, corruption: Corruption) -> torch.Tensor:
+        """(units, 1) bool: which reveal enough tokens for a latent."""
+        return corruption.revealed.sum(-1, keepdim=True) >= self.config.latent_min_tokens
 
     def _draw_noise(self, units, layout, seeds):
         per_unit = self.config.objective_draws, self.config.latent_size
@@ -1031,7 +1055,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         kl = (weight * kl_elements.sum(-1)).sum()
         if not (self.training and self.config.free_bits):
             return kl, kl
-        free = self.config.free_bits * corruption.revealed.any(-1, keepdim=True)
+        free = self.config.free_bits * self._has_latent(corruption)
         return kl, (weight * kl_elements.maximum(free).sum(-1)).sum()
 
     def _kl_weight(self) -> float | torch.Tensor:
@@ -1112,7 +1136,7 @@ def check_inputs(input_ids, attention_mask, position_ids, config):
             raise ValueError(
                 f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(value.shape)}"
             )
-    has_table = config.position_embedding_type == "learned" or config.position_groups
+    has_table = config.position_embedding_type == "learned" or config.position_groups or config.latent_position_inputs
     if not has_table and config.backbone_config is None:
         return
     if position_ids is not None:
