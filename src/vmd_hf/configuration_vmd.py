@@ -63,8 +63,7 @@ class VMDConfig(PreTrainedConfig):
         num_latent_encoder_layers: Transformer layers of the posterior `q(z | x_0, x_t)`.
         latent_encoder_pooling: What the posterior makes of the tokens that z has to tell: `"mean"` of their hidden
             states, or `"concat"`, a matrix of its own for each position (of a block, or up to
-            `max_position_embeddings`). The mean says little of which token stands where, which is what z has to tell
-            where several must agree.
+            `max_position_embeddings`), which tells better which token stands where and has more weights to learn.
         block_size: Tokens a block: the model is autoregressive over blocks, each with its own latent, time and
             denoising (block diffusion). `None`: one latent for the whole sequence.
         prior: `"standard"`: z ~ N(0, I). `"learned"`, with blocks only: a diagonal Gaussian p(z | clean earlier
