@@ -682,14 +682,20 @@ def test_hidden_states_may_be_selected_by_their_index():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def of_the_same_weights(model, **changes):
+    config = copy.deepcopy(model.config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    other = VMDForMaskedDiffusion(config).eval()
+    assert not other.load_state_dict(model.state_dict(), strict=False).missing_keys
+    return other
+
+
 def without_blocks(model):
     """The full-sequence model of the same weights."""
-    config = copy.deepcopy(model.config)
-    config.block_size = None
-    other = VMDForMaskedDiffusion(config).eval()
-    missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
-    assert not missing
-    assert unexpected == (["latent_encoder.before_proj.weight"] if config.latent_size else [])
+    other = of_the_same_weights(model, block_size=None)
+    unexpected = model.state_dict().keys() - other.state_dict().keys()
+    assert unexpected == ({"latent_encoder.before_proj.weight"} if model.config.latent_size else set())
     return other
 
 
@@ -1500,15 +1506,6 @@ def test_wrong_inputs_are_errors(arguments, message):
 
 
 FEWEST = {"block_size": 4, "objective": "per_step", "objective_steps": [1, 2, 4]}
-
-
-def of_the_same_weights(model, **changes):
-    config = copy.deepcopy(model.config)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    other = VMDForMaskedDiffusion(config).eval()
-    assert not other.load_state_dict(model.state_dict(), strict=False).missing_keys
-    return other
 
 
 @pytest.mark.parametrize("settings", [{}, {"prior": "learned"}, {"latent_position_inputs": True}])

@@ -9,6 +9,7 @@ from vmd_hf.noise_vmd import (
     corrupt_at_time,
     corrupt_before_step,
     hashed_noise,
+    most_revealed,
     num_revealed,
     seeded_noise,
     step_schedule,
@@ -21,6 +22,14 @@ def test_two_steps_over_three_tokens_reveal_one_then_two():
     row_steps = step_schedule(num_maskable, 2)
     assert row_steps.tolist() == [2]
     assert [num_revealed(step, num_maskable, row_steps).item() for step in range(3)] == [0, 1, 3]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 64])
+def test_the_most_that_a_step_reveals(num_steps):
+    num_maskable = torch.arange(70)
+    row_steps = step_schedule(num_maskable, num_steps)
+    revealed = torch.stack([num_revealed(step, num_maskable, row_steps) for step in range(num_steps + 1)])
+    assert torch.equal(most_revealed(num_maskable, row_steps), revealed.diff(dim=0).amax(0))
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 64, 1000])

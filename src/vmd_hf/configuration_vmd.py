@@ -176,6 +176,11 @@ class VMDConfig(PreTrainedConfig):
         return super().to_dict()
 
     @property
+    def positions_per_latent(self) -> int:
+        """Positions of a block, or of the longest sequence."""
+        return self.block_size or self.max_position_embeddings
+
+    @property
     def forbidden_token_ids(self) -> list[int]:
         """Ids that have probability 0 in every likelihood, loss and sampler: mask, and pad unless it ends a text."""
         eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]

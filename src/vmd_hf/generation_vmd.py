@@ -13,7 +13,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from transformers.utils import ModelOutput
 
 from .masking_vmd import EMPTY, CleanContext, Layout, Places, join_places, stack_places
-from .noise_vmd import num_revealed, step_schedule
+from .noise_vmd import most_revealed, num_revealed, step_schedule
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -682,10 +682,10 @@ class VMDGenerationMixin:
             row_steps = torch.full_like(num_maskable, config.num_steps)
         prior = None
         if self.model.latent_prior is not None and not state.given_latents:
-            largest = num_maskable  # what a step reveals at most
+            at_most = num_maskable
             if config.confidence_threshold is None:
-                largest = torch.div(num_maskable - 1, row_steps.clamp(min=1), rounding_mode="floor") + 1
-            if (largest >= self.config.latent_min_tokens).any():
+                at_most = most_revealed(num_maskable, row_steps)
+            if (at_most >= self.config.latent_min_tokens).any():
                 prior = self._read_prior(state, rows, round_index)
         modulation = None
         step = 0

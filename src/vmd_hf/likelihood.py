@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 from .generation_vmd import Generators, check_generators, draw
 from .masking_vmd import CleanContext, Layout
 from .modeling_vmd import VMDForMaskedDiffusion, check_labels, last_before_blocks
-from .noise_vmd import Corruption, num_revealed, step_schedule
+from .noise_vmd import Corruption, most_revealed, num_revealed, step_schedule
 from .objective_vmd import draw_latents, gaussian_kl, row_cross_entropy
 
 Bound = Literal["per_sample", "per_step"]
@@ -125,7 +126,7 @@ def nelbo(
     model = _base_model(model)
     with _evaluation_mode(model):
         problem = _pose(model, input_ids, labels, attention_mask, position_ids, num_steps)
-        num_samples = num_samples if problem.has_latent().any() else 1
+        num_samples = num_samples if problem.has_latent.any() else 1
         noise = _draw_noise(problem, bound, num_samples, num_orders, generator)
         batch_size = batch_size or max(len(input_ids), 1)
         cross_entropy, kl, log_weight = _run(problem, bound, noise, batch_size, show_progress)
@@ -221,15 +222,16 @@ class _Problem:
     def max_steps(self) -> int:
         return int(self.row_steps.max()) if self.row_steps.numel() else 0
 
+    @cached_property
     def has_latent(self) -> torch.Tensor:
         """(batch, N) bool: whether some step reveals enough tokens for a latent."""
         config = self.model.config
-        largest = torch.div(self.num_maskable - 1, self.row_steps.clamp(min=1), rounding_mode="floor") + 1
-        return (largest >= config.latent_min_tokens) & (self.row_steps > 0) & (config.latent_size > 0)
+        enough = most_revealed(self.num_maskable, self.row_steps) >= config.latent_min_tokens
+        return enough & (config.latent_size > 0)
 
     def is_random(self) -> torch.Tensor:
         """(batch,) bool: whether a row's value depends on what is drawn."""
-        return ((self.row_steps > 1) | self.has_latent()).any(-1)
+        return ((self.row_steps > 1) | self.has_latent).any(-1)
 
 
 @dataclass
@@ -272,7 +274,7 @@ def _draw_noise(problem: _Problem, bound, num_samples, num_orders, generator) ->
     uniform[problem.maskable] = draw(torch.rand, counts, (num_orders,), generator, device)
     rank = uniform.permute(3, 0, 1, 2).argsort(dim=-1, stable=True).argsort(dim=-1)
     size = problem.model.config.latent_size
-    if not problem.has_latent().any():
+    if not problem.has_latent.any():
         return _Noise(rank, None)
     groups = torch.arange(problem.max_steps if bound == "per_step" else 1, device=device)
     has_latent = groups < problem.row_steps[..., None]  # (batch, N, groups)
@@ -310,7 +312,7 @@ def _run(problem: _Problem, bound, noise: _Noise, batch_size, show_progress):
         latents = None
         if noise.latent is not None:
             group = torch.zeros_like(step) if kept else step
-            paid = problem.has_latent()[rows] if kept else revealed.sum(-1) >= problem.model.config.latent_min_tokens
+            paid = problem.has_latent[rows] if kept else revealed.sum(-1) >= problem.model.config.latent_min_tokens
             statistics = [part[rows] for part in posterior] if kept else _encode(problem, rows, masked, revealed)
             epsilon = noise.latent[rows, :, group, draws].transpose(1, 2)  # (states, num_samples, N, latent_size)
             latents, kl_now, log_weight_now = _sample(problem, rows, *statistics, epsilon)

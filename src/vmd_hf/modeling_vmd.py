@@ -412,9 +412,7 @@ class VMDModel(VMDPreTrainedModel):
         self.conditioner = VMDConditioner(config) if config.latent_size else None
         # adaLN-zero: a shift, a scale and a gate for each half of each layer. With zero weights it is the identity, so
         # that training starts from a plain masked diffusion model.
-        self.num_inputs = 0
-        if config.latent_position_inputs:
-            self.num_inputs = config.block_size or config.max_position_embeddings
+        self.num_inputs = config.positions_per_latent if config.latent_position_inputs else 0
         size = (config.num_hidden_layers * 6 + self.num_inputs) * config.hidden_size
         self.modulation = VMDZeroLinear(config.conditioning_size, size) if config.latent_size else None
         self.latent_prior = VMDLatentPrior(config) if config.prior == "learned" else None
@@ -622,7 +620,8 @@ class VMDModel(VMDPreTrainedModel):
         if modulation is None or self.config.latent_min_tokens == 1:
             return modulation
         few = num_revealed < self.config.latent_min_tokens
-        return torch.where(few[..., None, None], self.null_modulation(modulation), modulation)
+        few = few.view(*few.shape, *[1] * (modulation.dim() - few.dim()))
+        return torch.where(few, self.null_modulation(modulation), modulation)
 
 
 class PassThrough(nn.Module):
@@ -686,10 +685,8 @@ class VMDBackbone(VMDModel):
         """What latents (batch, 1, latent_size) add to every token's embedding, (batch, 1, hidden_size)."""
         return self.modulation(self.conditioner(latents))
 
-    def for_steps(self, modulation: torch.Tensor | None, num_revealed: torch.Tensor) -> torch.Tensor | None:
-        if modulation is None:
-            return None
-        return modulation * (num_revealed >= self.config.latent_min_tokens)[..., None]
+    def null_modulation(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_zeros(())
 
     def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., hidden_size) to (..., vocab_size): the whole masked language model but for its encoder."""
@@ -715,10 +712,9 @@ class VMDLatentEncoder(nn.Module):
             VMDLayer(config, config.num_hidden_layers + index) for index in range(config.num_latent_encoder_layers)
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
-        with_blocks = config.block_size is not None
-        width = config.block_size if with_blocks else config.max_position_embeddings
-        self.num_places = width if config.latent_encoder_pooling == "concat" else None
+        self.num_places = config.positions_per_latent if config.latent_encoder_pooling == "concat" else None
         self.out_proj = VMDPosteriorLinear(config.hidden_size * (self.num_places or 1), 2 * config.latent_size)
+        with_blocks = config.block_size is not None
         self.before_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False) if with_blocks else None
 
     def forward(self, clean_embeddings, masked, revealed, position_ids, attention_context, before=None):

@@ -44,6 +44,11 @@ def num_revealed(step: int | torch.Tensor, num_maskable: torch.Tensor, row_steps
     return torch.div(step * num_maskable, row_steps.clamp(min=1), rounding_mode="floor").minimum(num_maskable)
 
 
+def most_revealed(num_maskable: torch.Tensor, row_steps: torch.Tensor) -> torch.Tensor:
+    """ceil(n / T_n): how many tokens a step of the schedule reveals at most; 0 for a row with n = 0."""
+    return torch.div(num_maskable - 1, row_steps.clamp(min=1), rounding_mode="floor") + 1
+
+
 def corrupt_at_time(maskable: torch.Tensor, times: torch.Tensor, position_noise: torch.Tensor) -> Corruption:
     """State of the `vmd` objective: each maskable token is masked where its noise is below t; w(t) = 1 / t.
 
@@ -160,6 +165,7 @@ __all__ = [
     "corrupt_at_time",
     "corrupt_before_step",
     "hashed_noise",
+    "most_revealed",
     "num_revealed",
     "seeded_noise",
     "step_schedule",
