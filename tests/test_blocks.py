@@ -392,7 +392,11 @@ def dense_two_streams(model, clean, x_t, latents):
     token = [(position // config.block_size, 0, index < length) for index, position in enumerate(positions.tolist())]
     mask = torch.tensor([[0.0 if sees(query, key) else -math.inf for key in token] for query in token])
     h = embed(model, torch.cat([clean, x_t]), positions)
-    if config.latent_size:
+    if config.latent_per_position:
+        conditioner, modulation = model.model.conditioner, model.model.modulation
+        for position, own in enumerate(latents.reshape(-1, config.latent_size // config.block_size)[:length]):
+            h[length + position] += modulation.weight @ conditioner(own) + modulation.bias
+    elif config.latent_size:
         modulation = model.model.modulation
         said = F.linear(model.model.conditioner(latents), modulation.weight, modulation.bias)
         of_layers, inputs = said.tensor_split([6 * config.num_hidden_layers * config.hidden_size], dim=-1)
@@ -402,7 +406,7 @@ def dense_two_streams(model, clean, x_t, latents):
             h[length + position] += inputs[block].view(config.block_size, -1)[place]
     for index, layer in [*enumerate(model.model.layers)] * config.num_loops:
         changes = None
-        if config.latent_size:
+        if config.latent_size and not config.latent_per_position:
             of_blocks = of_layers.chunk(config.num_hidden_layers, dim=-1)[index]
             of_tokens = of_blocks[positions[length:] // config.block_size]
             changes = torch.cat([torch.zeros_like(of_tokens), of_tokens])
@@ -440,6 +444,12 @@ def posterior_of_block(model, row, start, end, masked, revealed, clean_hidden_st
     if model.config.latent_encoder_pooling == "concat":  # a matrix for each place in a block
         maps = encoder.out_proj.weight.unflatten(1, (model.config.block_size, -1))
         return (sum(maps[:, i - start] @ h[i - start] for i in revealed) + encoder.out_proj.bias).view(2, -1)
+    if model.config.latent_per_position:  # the prior, but for the slices of what is revealed
+        prior = prior_of_block(model, start, clean_hidden_states)
+        slices = list(prior.view(2, model.config.block_size, -1).unbind(1))
+        for i in revealed:
+            slices[i - start] = (encoder.out_proj.weight @ h[i - start] + encoder.out_proj.bias).view(2, -1)
+        return torch.cat(slices, dim=1)
     pooled = sum(h[i - start] for i in revealed) / len(revealed)
     return (encoder.out_proj.weight @ pooled + encoder.out_proj.bias).view(2, -1)
 
@@ -818,6 +828,13 @@ def test_the_loss_with_a_learned_prior_is_the_loop(objective):
 def test_the_loss_with_concatenated_states_in_the_posterior_is_the_loop(objective):
     model = tiny_model(block_size=3, latent_encoder_pooling="concat", objective=objective)
     assert_loss_is_the_loop(model, loss_batch(), block_noise(5, 7, 3))
+
+
+@pytest.mark.parametrize("prior", ["standard", "learned"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_loss_with_a_slice_of_the_latent_for_each_position_is_the_loop(objective, prior):
+    model = tiny_model(block_size=3, latent_per_position=True, latent_size=6, prior=prior, objective=objective)
+    assert_loss_is_the_loop(model, loss_batch(), block_noise(5, 7, 3, latent_size=6))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -1508,11 +1525,14 @@ def test_wrong_inputs_are_errors(arguments, message):
 FEWEST = {"block_size": 4, "objective": "per_step", "objective_steps": [1, 2, 4]}
 
 
-@pytest.mark.parametrize("settings", [{}, {"prior": "learned"}, {"latent_position_inputs": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"prior": "learned"}, {"latent_position_inputs": True}, {"latent_per_position": True}]
+)
 def test_steps_that_reveal_few_tokens_are_those_of_a_model_without_a_latent(settings):
     every = tiny_model(**FEWEST, **settings)
     large = of_the_same_weights(every, latent_min_tokens=3)
-    mdm = of_the_same_weights(every, latent_size=0, prior="standard", latent_position_inputs=False)
+    plain = {"prior": "standard", "latent_position_inputs": False, "latent_per_position": False}
+    mdm = of_the_same_weights(every, latent_size=0, **plain)
     ids, masks = digits(6, 8), torch.full((6, 8), MASK)
     for steps in (1, 2, 4):  # of four tokens, two, and one
         losses = []

@@ -25,6 +25,13 @@ BROKEN_RULES = [
     ({"num_hidden_layers": 0}, "num_hidden_layers.*got 0"),
     ({"max_position_embeddings": 0}, "max_position_embeddings.*got 0"),
     ({"latent_position_inputs": True, "latent_size": 0}, "latent_position_inputs needs a latent and no backbone"),
+    ({"latent_per_position": True, "latent_size": 0}, "latent_per_position needs a latent and no backbone"),
+    ({"latent_per_position": True, "latent_size": 15}, "multiple of the positions, 16, .* got 15"),
+    ({"latent_per_position": True, "latent_size": 6, "block_size": 4}, "multiple of the positions, 4, .* got 6"),
+    (
+        {"latent_per_position": True, "latent_size": 16, "latent_encoder_pooling": "concat"},
+        "latent_per_position .* got False and 'concat'",
+    ),
     ({"num_latent_encoder_layers": 0}, "num_latent_encoder_layers.*got 0"),
     ({"latent_size": -1}, "latent_size.*got -1"),
     ({"hidden_act": "no_such_act"}, "hidden_act.*'no_such_act'"),

@@ -71,6 +71,9 @@ def assert_within_errors(values, expected, num_errors=4.5):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+NUM_NODES = {1: 40, 2: 20, 3: 10}  # of a latent of that size, for each dimension
+
+
 def quadrature(latent_size, num_nodes):
     """Nodes (nodes^latent_size, latent_size) and weights of the expectation under N(0, I)."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(num_nodes)
@@ -103,9 +106,9 @@ def log_likelihood(model, row, masked, revealed, z):
     return logits.log_softmax(-1)[:, revealed, row[revealed]].sum(-1)
 
 
-def sampler_log_probability(model, row, positions, num_steps, kept, num_nodes=40):
+def sampler_log_probability(model, row, positions, num_steps, kept):
     """Exact log p(row at `positions` | its other tokens) of the sampler: one z kept, or a fresh one for each step."""
-    z, weights = quadrature(model.config.latent_size, num_nodes)
+    z, weights = quadrature(model.config.latent_size, NUM_NODES[model.config.latent_size])
     probabilities = []
     for order in itertools.permutations(positions):
         steps = [log_likelihood(model, row, *step, z) for step in steps_of(order, num_steps)]
@@ -122,7 +125,7 @@ def expected_bound(model, row, positions, num_steps, bound, num_samples, posteri
     `posterior(masked, revealed)` gives mean and log-variance. Of a latent of size 1 the importance weights are
     integrated over; the KL is not used.
     """
-    epsilon, weights = quadrature(model.config.latent_size, 40 if model.config.latent_size < 2 else 20)
+    epsilon, weights = quadrature(model.config.latent_size, NUM_NODES[model.config.latent_size])
     total, orders = 0.0, list(itertools.permutations(positions))
     for order in orders:
         steps = steps_of(order, num_steps)
@@ -186,12 +189,19 @@ def test_the_reference_is_the_distribution_of_the_sampler(num_steps, resample_la
 
 @pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
-@pytest.mark.parametrize("latent_size", [1, 2])
-def test_bounds_lie_above_the_exact_value_and_tighten_with_the_samples(latent_size, num_steps, bound):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"latent_size": 1},
+        {"latent_size": 2},
+        {"latent_size": 3, "latent_per_position": True, "max_position_embeddings": 3},
+    ],
+)
+def test_bounds_lie_above_the_exact_value_and_tighten_with_the_samples(settings, num_steps, bound):
     """For several tokens a step, in several steps, the orders are averaged inside the probability but outside the
     bound's logarithm, so that a gap remains however many samples are drawn; in one step none does."""
-    model, row = toy_model(latent_size=latent_size), row_of(0, 2, 1)
-    exact = -sampler_log_probability(model, row, range(3), num_steps, kept=bound == "per_sample", num_nodes=30)
+    model, row = toy_model(**settings), row_of(0, 2, 1)
+    exact = -sampler_log_probability(model, row, range(3), num_steps, kept=bound == "per_sample")
     arguments = model, row, range(3), num_steps, bound
     elbo = expected_bound(*arguments, 1, posterior_for(model, row))
     limit = expected_bound(*arguments, math.inf, None)

@@ -94,10 +94,15 @@ def test_the_latent_changes_the_logits_of_its_own_row_only():
     torch.testing.assert_close(logits[:1], model(x_t[:1], latents=z[:1]).logits[..., :MASK])
 
 
+PER_POSITION = {"latent_per_position": True, "latent_size": 48}  # three for each of sixteen positions
+
+
+@pytest.mark.parametrize("settings", [{}, PER_POSITION])
 @pytest.mark.parametrize("position", list(POSITIONS))
-def test_a_fresh_model_is_a_plain_masked_diffusion_model(position):
+def test_a_fresh_model_is_a_plain_masked_diffusion_model(position, settings):
     """The modulation starts as the identity: z has no effect, and the logits are those without the latent path."""
-    with_latent = VMDForMaskedDiffusion(tiny_config(initializer_range=0.3, **POSITIONS[position])).eval()
+    config = tiny_config(initializer_range=0.3, **POSITIONS[position], **settings)
+    with_latent = VMDForMaskedDiffusion(config).eval()
     plain = VMDForMaskedDiffusion(tiny_config(latent_size=0, **POSITIONS[position])).eval()
     missing, unexpected = plain.load_state_dict(with_latent.state_dict(), strict=False)
     assert not missing
@@ -106,7 +111,7 @@ def test_a_fresh_model_is_a_plain_masked_diffusion_model(position):
     x_t = some_masked(digits(3, 6))
     expected = plain(x_t).logits
     assert expected[..., :MASK].std() > 0.1
-    for z in (None, torch.zeros(3, 4), 10 * normal(3, 4)):
+    for z in (None, torch.zeros(3, config.latent_size), 10 * normal(3, config.latent_size)):
         torch.testing.assert_close(with_latent(x_t, latents=z).logits, expected)
 
 
@@ -207,7 +212,15 @@ def test_padding_on_either_side_leaves_the_loss_of_a_row_alone(position, objecti
             torch.testing.assert_close(padded[name], alone[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"latent_encoder_pooling": "concat"}, {"latent_position_inputs": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"latent_encoder_pooling": "concat"},
+        {"latent_position_inputs": True},
+        {"latent_per_position": True, "latent_size": 32},
+    ],
+)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_padded_batch_is_its_rows(objective, settings):
     model = tiny_model(objective=objective, **settings)
@@ -229,7 +242,7 @@ def test_a_padded_batch_is_its_rows(objective, settings):
         expected = sum(len(row) * output[name] for row, output in zip(rows, alone, strict=True)) / 19
         torch.testing.assert_close(together[name], expected, rtol=1e-5, atol=1e-5)
 
-    z = normal(4, 4)
+    z = normal(4, model.config.latent_size)
     logits = model(**batch, latents=z).logits
     for index, row in enumerate(rows):
         expected = model(row[None], latents=z[index : index + 1]).logits[0]
@@ -527,7 +540,7 @@ def test_position_tables_tell_masked_tokens_apart(position):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def loss_batch(batch_size=6, length=7):
+def loss_batch(batch_size=6, length=7, latent_size=4):
     """Rows with padding on both sides, context in places, and one that is nothing but context; explicit noise."""
     input_ids, attention_mask = digits(batch_size, length), torch.ones(batch_size, length, dtype=torch.long)
     attention_mask[1, :2] = 0
@@ -537,14 +550,14 @@ def loss_batch(batch_size=6, length=7):
     labels[1, 3] = labels[3, 0] = labels[4, 2] = labels[4, 5] = -100
     labels[5] = -100
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-    return batch, explicit_noise(batch_size, length)
+    return batch, explicit_noise(batch_size, length, latent_size=latent_size)
 
 
-def explicit_noise(batch_size, length, seed=0):
+def explicit_noise(batch_size, length, seed=0, latent_size=4):
     return {
         "times": uniform(batch_size, seed=seed + 11),
         "position_noise": uniform(batch_size, length, seed=seed + 12),
-        "latent_noise": normal(batch_size, 4, seed=seed + 13),
+        "latent_noise": normal(batch_size, latent_size, seed=seed + 13),
     }
 
 
@@ -763,11 +776,13 @@ def test_the_kl_weight_warms_up_over_training_passes_and_goes_on_after_loading(t
     assert [factor(model.train()) for _ in range(4)] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("settings", [{}, PER_POSITION])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_free_bits_are_a_floor_for_each_row_and_dimension(objective):
+def test_free_bits_are_a_floor_for_each_row_and_dimension(objective, settings):
+    """Of the dimensions that are told anything: a slice of a token that is not revealed is not."""
     free_bits, kl_weight = 0.4, 0.5
-    model = tiny_model(objective=objective, free_bits=free_bits, kl_weight=kl_weight).train()
-    batch, noise = loss_batch()
+    model = tiny_model(objective=objective, free_bits=free_bits, kl_weight=kl_weight, **settings).train()
+    batch, noise = loss_batch(latent_size=model.config.latent_size)
     noise["position_noise"][0] = 1.0  # nothing is masked under `vmd`, so nothing is owed
     num_labels = (batch["labels"] != -100).sum()
     expected, num_raised, num_kept = 0.0, 0, 0
@@ -784,13 +799,15 @@ def test_free_bits_are_a_floor_for_each_row_and_dimension(objective):
                 masked, revealed, weight = maskable, maskable, 1
             mean, log_variance = posterior_of_row(model, batch["input_ids"][index, keep], masked, revealed)
             for m, v in zip(mean.tolist(), log_variance.tolist(), strict=True):
+                if m == v == 0:
+                    continue
                 element = 0.5 * (m**2 + math.exp(v) - 1 - v)
                 expected += weight * max(element, free_bits)
                 num_raised, num_kept = num_raised + (element < free_bits), num_kept + (element >= free_bits)
     assert num_raised and num_kept
     actual = (output.loss - output.reconstruction_loss) * num_labels / kl_weight
     assert actual.item() == pytest.approx(expected, rel=1e-4)
-    plain = tiny_model(objective=objective)(**batch, **noise)
+    plain = tiny_model(objective=objective, **settings)(**batch, **noise)
     torch.testing.assert_close(output.kl, plain.kl)  # what is reported is without the floor
     model.eval()
     output = model(**batch, **noise)
@@ -989,11 +1006,12 @@ def test_inputs_and_labels_are_left_as_they_were():
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize("settings", [{}, PER_POSITION])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_reconstruction_reaches_the_latent_encoder(objective):
+def test_the_reconstruction_reaches_the_latent_encoder(objective, settings):
     """Through z itself: the KL term is switched off."""
-    model = tiny_model(objective=objective, kl_weight=0).train()
-    batch, noise = loss_batch()
+    model = tiny_model(objective=objective, kl_weight=0, **settings).train()
+    batch, noise = loss_batch(latent_size=model.config.latent_size)
     model(**batch, **noise).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
@@ -1049,9 +1067,41 @@ def test_a_latent_adds_to_the_input_of_each_position_what_it_says_of_that_one():
     torch.testing.assert_close(with_latent.hidden_states[0] - without.hidden_states[0], expected)
 
 
-def test_with_latents_in_inputs_rows_have_a_longest_length():
+def test_a_slice_of_a_latent_adds_to_the_input_of_its_position_alone():
+    model, x_t, z = tiny_model(**PER_POSITION), some_masked(digits(2, 5)), normal(2, 48)
+    without, with_latent = (model(x_t, latents=latents, output_hidden_states=True) for latents in (0 * z, z))
+    conditioner, weight = model.model.conditioner, model.model.modulation.weight
+    difference = with_latent.hidden_states[0] - without.hidden_states[0]
+    for position in range(5):
+        own = z[:, 3 * position : 3 * position + 3]
+        expected = (conditioner(own) - conditioner(0 * own)) @ weight.T
+        assert expected.abs().max() > 0.01
+        torch.testing.assert_close(difference[:, position], expected)
+
+
+@pytest.mark.parametrize("settings", [{"latent_position_inputs": True}, PER_POSITION])
+def test_with_latents_in_inputs_rows_have_a_longest_length_but_blocks_do_not(settings):
     with pytest.raises(ValueError, match=r"max_position_embeddings = 16.*got 17"):
-        tiny_model(latent_position_inputs=True)(digits(1, 17))
+        tiny_model(**settings)(digits(1, 17))
+    assert tiny_model(block_size=4, **settings)(digits(1, 17)).logits.shape == (1, 17, 12)
+
+
+def test_the_posterior_of_a_slice_is_read_off_the_token_at_its_position():
+    """One map for all positions, of the state after the layers; where nothing is revealed, N(0, I)."""
+    model = tiny_model(**PER_POSITION, position_embedding_type="none")
+    encoder = model.latent_encoder
+    with torch.no_grad():
+        for layer in encoder.layers:
+            layer.attention.o_proj.weight.zero_()  # a state is of its own token only
+    row, other = torch.tensor([5, 2, 5, 4]), torch.tensor([5, 7, 5, 4])
+    both = [torch.stack(posterior_of_row(model, ids, [0, 1, 2], [0, 1, 2])).view(2, 16, 3) for ids in (row, other)]
+    for of_row, of_other in zip(*both, strict=True):
+        assert (of_row[0] - of_row[1]).abs().max() > 0.1 and (of_other[1] - of_row[1]).abs().max() > 0.1
+        torch.testing.assert_close(of_row[0], of_row[2])
+        torch.testing.assert_close(of_other[[0, 2]], of_row[[0, 2]])
+        assert (of_row[3:] == 0).all()
+    for statistic in posterior_of_row(model, row, [0, 1, 2], [1]):
+        assert (statistic.view(16, 3)[[0, 2]] == 0).all() and statistic.view(16, 3)[1].abs().max() > 0.1
 
 
 def test_concatenated_states_are_a_sum_of_what_each_position_says():

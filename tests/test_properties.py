@@ -34,6 +34,8 @@ few = settings(max_examples=25, **COMMON)
 MODELS = {
     "whole": {},
     "whole, no latent": {"latent_size": 0, "objective": "per_sample"},
+    "whole, a latent for each position": {"latent_per_position": True, "latent_size": 32, "objective": "per_step"},
+    "blocks, a latent for each position": {"block_size": 2, "latent_per_position": True, "prior": "learned"},
     "blocks": {"block_size": 3, "objective": "per_step"},
     "blocks, learned prior": {"block_size": 2, "prior": "learned", "objective": "per_sample"},
     "autoregressive": {"block_size": 1, "latent_size": 0},

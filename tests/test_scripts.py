@@ -266,9 +266,11 @@ def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_aga
 
 
 def test_a_model_of_whole_boards_completes_clues_that_leave_many_solutions(tmp_path):
-    recipe = str(SCRIPTS / "recipes" / "sudoku_basics.yaml")
-    arguments = ["--num_train_rows=8", "--num_eval_rows=4", "--max_clues=0", "--latent_size=2", "--save_steps=2"]
-    train_vmd.main([recipe, *arguments, "--eval_steps=2", "--max_steps=2", f"--output_dir={tmp_path}", *SMALL])
+    recipe = str(SCRIPTS / "recipes" / "boards.yaml")
+    arguments = ["--num_train_rows=8", "--num_eval_rows=4", "--save_steps=2", "--eval_steps=2", "--max_steps=2"]
+    train_vmd.main([recipe, *arguments, f"--output_dir={tmp_path}", *SMALL])
+    config = AutoModelForMaskedLM.from_pretrained(tmp_path).config
+    assert config.latent_per_position and config.latent_size == 4 * 81
     arguments = ["--num_puzzles=20", "--num_clues", "0", "24", "--num_steps", "1", "3", "--remasking", "random"]
     evaluate_vmd.main([f"--model={tmp_path}", "--task=boards", *arguments])
     (results,) = json.loads((tmp_path / "results.json").read_text()).values()
@@ -280,6 +282,17 @@ def test_a_model_of_whole_boards_completes_clues_that_leave_many_solutions(tmp_p
     ]
     for row in results:  # two updates teach nothing, and clues are what is right
         assert row["puzzles"] == row["distinct"] == 20 and row["solved"] == 0 and 0 <= row["valid_units"] < 0.5
+    evaluate_vmd.main([f"--model={tmp_path}", "--task=boards", *arguments, "--resample_latents=true"])
+    (fresh,) = json.loads((tmp_path / "results.json").read_text()).values()
+    assert fresh == results[1::2]
+
+
+def test_the_baseline_of_whole_boards_is_the_recipe_without_a_latent(tmp_path):
+    recipe = str(SCRIPTS / "recipes" / "boards.yaml")
+    arguments = ["--num_train_rows=8", "--num_eval_rows=4", "--save_strategy=no", "--eval_strategy=no"]
+    train_vmd.main([recipe, *arguments, "--latent_size=0", "--max_steps=1", f"--output_dir={tmp_path}", *SMALL])
+    config = AutoModelForMaskedLM.from_pretrained(tmp_path).config
+    assert config.latent_size == 0 and not config.latent_per_position
 
 
 @pytest.mark.parametrize("num_clues", [0, 16, 24])

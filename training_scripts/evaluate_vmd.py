@@ -97,6 +97,9 @@ class EvaluationArguments:
         default_factory=lambda: [0, 8, 16, 24], metadata={"help": "Clues of boards with many solutions."}
     )
     num_attempts: int = field(default=1, metadata={"help": "Attempts at a Sudoku whose board breaks a rule."})
+    resample_latents: bool | None = field(
+        default=None, metadata={"help": "Draw z at every step, or keep it (synthetic, boards); default: both."}
+    )
     bf16: bool = field(default=False, metadata={"help": "Run the model in bfloat16 (autocast)."})
     remasking: list[str] = field(default_factory=lambda: ["top_prob", "top_prob_margin"])
     seed: int = 0
@@ -120,6 +123,14 @@ def sampler_label(sampler: str, model: PreTrainedModel) -> str:
     return sampler if model.config.latent_size else sampler.replace("one z kept", "no z")
 
 
+def samplers_of(model: PreTrainedModel, args: EvaluationArguments) -> dict[str, dict[str, bool]]:
+    """Those of `SAMPLERS` that were asked for; without a latent all that differ."""
+    wanted = (args.resample_latents in (None, True), args.resample_latents in (None, False))
+    if model.config.latent_size == 0:
+        wanted = False, True
+    return {name: settings for name, settings in SAMPLERS.items() if wanted[0 if settings["resample_latents"] else 1]}
+
+
 def evaluate_synthetic(
     model: PreTrainedModel, args: EvaluationArguments
 ) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
@@ -127,8 +138,8 @@ def evaluate_synthetic(
     target = target_distribution(args.setting, args.correlation)
     model.eval()
     for num_steps in args.num_steps:
-        for sampler, settings in SAMPLERS.items():
-            if settings["resample_latents"] and (num_steps == 1 or model.config.latent_size == 0):
+        for sampler, settings in samplers_of(model, args).items():
+            if settings["resample_latents"] and num_steps == 1 and args.resample_latents is None:
                 continue  # nothing to resample: the sampler is the one that keeps z
             settings = {**settings, "num_steps": num_steps}
             samples = draw_samples(model, target.dim(), args.num_samples, args.seed, args.batch_size, **settings)
@@ -311,8 +322,8 @@ def evaluate_boards(
         masks = board_ids(puzzles, tokenizer)
         for remasking in args.remasking:
             for num_steps in args.num_steps:
-                for sampler, settings in SAMPLERS.items():
-                    if "argmax" in sampler or (settings["resample_latents"] and model.config.latent_size == 0):
+                for sampler, settings in samplers_of(model, args).items():
+                    if "argmax" in sampler:
                         continue
                     ids = fill_boards(model, masks, args, num_steps=num_steps, remasking=remasking, **settings)
                     boards = boards_of(ids, tokenizer)

@@ -20,7 +20,7 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 FIELDS = ("title", "summary", "usage", "training", "evaluation", "limits")
 # Columns that measure, by the names that the Hub knows, and those that say under which settings.
 METRICS = {"accuracy": "accuracy", "solved": "accuracy", "kl": "kl", "bits_per_token": "bits_per_token"}
-SETTINGS = ("remasking", "num_steps", "num_attempts", "sampler", "num_draws")
+SETTINGS = ("clues", "remasking", "num_steps", "num_attempts", "sampler", "num_draws")
 
 
 def make_card(folder: Path) -> ModelCard:

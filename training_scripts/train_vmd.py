@@ -80,6 +80,7 @@ class ModelArguments:
     conditioning_size: int = 128
     conditioner_initializer_range: float | None = field(default=None, metadata={"help": "Initial scale of z's maps."})
     latent_position_inputs: bool = field(default=False, metadata={"help": "z adds to each position's input, too."})
+    latent_per_position: bool = field(default=False, metadata={"help": "z is a slice for each position."})
     num_latent_encoder_layers: int = 1
     latent_encoder_pooling: Literal["mean", "concat"] = "mean"
     objective: Literal["vmd", "per_sample", "per_step"] = "vmd"
@@ -183,6 +184,7 @@ def build_model(
         "conditioning_size": args.conditioning_size,
         "conditioner_initializer_range": args.conditioner_initializer_range,
         "latent_position_inputs": args.latent_position_inputs and args.latent_size > 0,
+        "latent_per_position": args.latent_per_position and args.latent_size > 0,
         "num_latent_encoder_layers": args.num_latent_encoder_layers,
         "latent_encoder_pooling": args.latent_encoder_pooling,
     }

@@ -52,18 +52,25 @@ class VMDConfig(PreTrainedConfig):
             number learned for each layer, head and grouping, added to the scores. At the start one head in turn
             looks at each grouping, and one in `groupings + 1` at none. Whole sequences, eager or sdpa attention.
         rope_parameters: Rotary settings as everywhere in transformers (`rope_type`, `rope_theta`, ...).
-        latent_size: Dimensions of the latent `z`; 0 for no latent.
-        conditioning_size: Width of the conditioning vector that is computed from `z` and modulates every layer.
+        latent_size: Dimensions of the latent `z`; 0 for no latent. A multiple of n with `latent_per_position`.
+        conditioning_size: Width of the conditioning vector that is computed from `z` (from each slice of it, with
+            `latent_per_position`) and modulates every layer.
         conditioner_initializer_range: Standard deviation of the initial weights of the two maps from `z` to that
             vector; `None` means one that keeps the variance, `1 / sqrt(inputs)`. Small ones (0.02) are slower to learn
             from and learn features that the positions share: where several tokens must agree on one of many modes.
         latent_position_inputs: Whether z also adds a vector to the input of each position (of a block, or up to
             `max_position_embeddings`), another one for each: what it tells of a single token need not go by way of
             features that all positions share. Costs `conditioning_size * hidden_size` weights a position.
+        latent_per_position: Whether z is a slice of `latent_size / n` dimensions for each of its n positions (of a
+            block, or `max_position_embeddings`). The posterior of a slice is read off the state at its position, by
+            one map for all, and the slice adds to the input of that position and modulates no layer: a noisy hint at
+            its token. The denoiser reads all hints together, which is what makes tokens agree. The slices of tokens
+            that a step does not reveal (under `vmd`, that are not masked) tell nothing: they have the prior.
         num_latent_encoder_layers: Transformer layers of the posterior `q(z | x_0, x_t)`.
         latent_encoder_pooling: What the posterior makes of the tokens that z has to tell: `"mean"` of their hidden
             states, or `"concat"`, a matrix of its own for each position (of a block, or up to
             `max_position_embeddings`), which tells better which token stands where and has more weights to learn.
+            Nothing is pooled with `latent_per_position`.
         block_size: Tokens a block: the model is autoregressive over blocks, each with its own latent, time and
             denoising (block diffusion). `None`: one latent for the whole sequence.
         prior: `"standard"`: z ~ N(0, I). `"learned"`, with blocks only: a diagonal Gaussian p(z | clean earlier
@@ -129,6 +136,7 @@ class VMDConfig(PreTrainedConfig):
     conditioning_size: int = 128
     conditioner_initializer_range: float | int | None = None
     latent_position_inputs: bool = False
+    latent_per_position: bool = False
     num_latent_encoder_layers: int = 1
     latent_encoder_pooling: Literal["mean", "concat"] = "mean"
     block_size: int | None = None
@@ -181,6 +189,11 @@ class VMDConfig(PreTrainedConfig):
         return self.block_size or self.max_position_embeddings
 
     @property
+    def num_latent_slices(self) -> int:
+        """1, or the number of positions with `latent_per_position`."""
+        return self.positions_per_latent if self.latent_per_position else 1
+
+    @property
     def forbidden_token_ids(self) -> list[int]:
         """Ids that have probability 0 in every likelihood, loss and sampler: mask, and pad unless it ends a text."""
         eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
@@ -213,10 +226,22 @@ class VMDConfig(PreTrainedConfig):
                 "prior='learned' needs blocks, whose earlier ones it sees, and a latent, got "
                 f"block_size={self.block_size} and latent_size={self.latent_size}"
             )
-        if self.latent_position_inputs and (self.latent_size == 0 or self.backbone_config is not None):
+        for name in ("latent_position_inputs", "latent_per_position"):
+            if getattr(self, name) and (self.latent_size == 0 or self.backbone_config is not None):
+                raise ValueError(
+                    f"{name} needs a latent and no backbone, got "
+                    f"latent_size={self.latent_size} and backbone_config={self.backbone_config}"
+                )
+        if self.latent_size % self.num_latent_slices:
             raise ValueError(
-                "latent_position_inputs needs a latent and no backbone, got "
-                f"latent_size={self.latent_size} and backbone_config={self.backbone_config}"
+                f"latent_size must be a multiple of the positions, {self.positions_per_latent}, with "
+                f"latent_per_position, got {self.latent_size}"
+            )
+        if self.latent_per_position and (self.latent_position_inputs or self.latent_encoder_pooling != "mean"):
+            raise ValueError(
+                "latent_per_position says how z enters and what it is read from: latent_position_inputs must be False "
+                f"and latent_encoder_pooling 'mean', got {self.latent_position_inputs} and "
+                f"{self.latent_encoder_pooling!r}"
             )
         if self.loop_loss and self.num_loops == 1:
             raise ValueError("loop_loss needs num_loops of at least 2, got 1")

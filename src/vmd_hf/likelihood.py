@@ -347,7 +347,8 @@ def _encode(problem: _Problem, rows, masked, revealed) -> tuple[torch.Tensor, to
     )
     corruption = Corruption(masked, revealed, weight=torch.ones(len(masked), device=masked.device))
     before = None if problem.before is None else problem.before[rows].flatten(0, 1)
-    statistics = model.encode(clean.view(len(rows), -1), layout, maskable, corruption, before)
+    prior = tuple(part[rows].flatten(0, 1) for part in problem.prior or ())
+    statistics = model.encode(clean.view(len(rows), -1), layout, maskable, corruption, before, prior)
     return tuple(part.unflatten(0, (len(rows), -1)) for part in statistics)
 
 

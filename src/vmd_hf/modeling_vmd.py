@@ -383,11 +383,11 @@ class VMDLatentPrior(nn.Module):
 
 
 class VMDConditioner(nn.Module):
-    """Latent (batch, latent_size) to conditioning vector (batch, conditioning_size)."""
+    """Slices of latents, (..., latent_size / slices), to conditioning vectors (..., conditioning_size)."""
 
     def __init__(self, config: VMDConfig):
         super().__init__()
-        self.in_proj = VMDLatentLinear(config.latent_size, config.conditioning_size)
+        self.in_proj = VMDLatentLinear(config.latent_size // config.num_latent_slices, config.conditioning_size)
         self.out_proj = VMDLatentLinear(config.conditioning_size, config.conditioning_size)
         self.act = nn.SiLU()
 
@@ -410,11 +410,14 @@ class VMDModel(VMDPreTrainedModel):
         self.layers = nn.ModuleList(VMDLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
         self.conditioner = VMDConditioner(config) if config.latent_size else None
-        # adaLN-zero: a shift, a scale and a gate for each half of each layer. With zero weights it is the identity, so
-        # that training starts from a plain masked diffusion model.
-        self.num_inputs = config.positions_per_latent if config.latent_position_inputs else 0
-        size = (config.num_hidden_layers * 6 + self.num_inputs) * config.hidden_size
-        self.modulation = VMDZeroLinear(config.conditioning_size, size) if config.latent_size else None
+        # adaLN-zero: a shift, a scale and a gate for each half of each layer; or, and, what is added to inputs. With
+        # zero weights it is the identity, so that training starts from a plain masked diffusion model.
+        self.num_changes = 0 if config.latent_per_position else config.num_hidden_layers * 6
+        has_inputs = config.latent_position_inputs or config.latent_per_position
+        self.num_inputs = config.positions_per_latent if has_inputs else 0
+        num_vectors = 1 if config.latent_per_position else self.num_changes + self.num_inputs  # of a slice
+        size = config.conditioning_size, num_vectors * config.hidden_size
+        self.modulation = VMDZeroLinear(*size) if config.latent_size else None
         self.latent_prior = VMDLatentPrior(config) if config.prior == "learned" else None
         self.rotary_emb = LlamaRotaryEmbedding(config) if config.position_embedding_type == "rotary" else None
         self.gradient_checkpointing = False
@@ -550,9 +553,12 @@ class VMDModel(VMDPreTrainedModel):
             if self.config.block_size is None:
                 inputs = inputs.gather(1, layout.position_ids[..., None].expand(*input_ids.shape, inputs.shape[-1]))
             hidden_states = hidden_states + nn.functional.pad(inputs, (0, 0, num_new, 0))
+        if modulation is not None:  # what is left of it, of the layers
+            modulation = modulation[:, :, : self.num_changes] if self.num_changes else None
         if modulation is not None and num_new:  # clean tokens have the null latent: no modulation at all
             shape = (len(modulation), num_new // layout.width, *modulation.shape[2:])
-            modulation = torch.cat([self.null_modulation(modulation).expand(shape), modulation], dim=1)
+            null = self.null_modulation(modulation)[: self.num_changes]
+            modulation = torch.cat([null.expand(shape), modulation], dim=1)
         hidden_states, keys_values = self.run_layers(
             hidden_states,
             input_ids.shape[1] if clean else num_new,
@@ -582,7 +588,7 @@ class VMDModel(VMDPreTrainedModel):
         new = []
         modulations = [None] * len(self.layers)
         if modulation is not None:
-            modulations = modulation[:, :, : 6 * len(self.layers)].unflatten(2, (-1, 6)).unbind(2)
+            modulations = modulation.unflatten(2, (-1, 6)).unbind(2)
         for index in range(self.config.num_loops * len(self.layers)):
             layer = index % len(self.layers)
             context = None if keys_values is None else keys_values[index]
@@ -604,15 +610,16 @@ class VMDModel(VMDPreTrainedModel):
         return self.modulation_of(latents.view(shape))
 
     def modulation_of(self, latents: torch.Tensor) -> torch.Tensor:
-        """What latents (batch, N, latent_size) do, (batch, N, 6 * layers + num_inputs, hidden_size): shifts, scales
+        """What latents (batch, N, latent_size) do, (batch, N, num_changes + num_inputs, hidden_size): shifts, scales
         and gates of the layers, and what is added to the inputs of a unit's positions. Computed once, it may be given
         to many passes."""
-        change = self.modulation(self.conditioner(latents)).unflatten(-1, (-1, self.config.hidden_size))
+        slices = latents.unflatten(-1, (self.config.num_latent_slices, -1))
+        change = self.modulation(self.conditioner(slices)).view(*latents.shape[:-1], -1, self.config.hidden_size)
         return change + self.null_modulation(change)
 
     def null_modulation(self, like: torch.Tensor) -> torch.Tensor:
-        """(6 * layers + num_inputs, 1): what leaves everything as it is."""
-        return like.new_tensor([0, 1, 1, 0, 1, 1] * len(self.layers) + [0] * self.num_inputs)[:, None]
+        """(num_changes + num_inputs, 1): what leaves everything as it is."""
+        return like.new_tensor([0, 1, 1] * (self.num_changes // 3) + [0] * self.num_inputs)[:, None]
 
     def for_steps(self, modulation: torch.Tensor | None, num_revealed: torch.Tensor) -> torch.Tensor | None:
         """The modulation of units that reveal (batch, N) tokens in a step: that of the null latent where these are
@@ -700,7 +707,8 @@ class VMDLatentEncoder(nn.Module):
     """The posterior q_phi(z | x_0, x_t): a diagonal Gaussian, from x_0 and what is masked in x_t.
 
     Its layers read the clean tokens with a flag each (visible, revealed now, still masked) and are pooled over the
-    tokens that are revealed now: their mean, or each one beside the others. With blocks, each block is a sequence of
+    tokens that are revealed now: their mean, or each one beside the others, or each one for its own slice of z (the
+    slices of all other positions tell nothing: they have the prior). With blocks, each block is a sequence of
     its own, to whose tokens the hidden state of the last clean token before it is added: z has to tell only what the
     context does not. Needed in training and for likelihoods only.
     """
@@ -712,21 +720,25 @@ class VMDLatentEncoder(nn.Module):
             VMDLayer(config, config.num_hidden_layers + index) for index in range(config.num_latent_encoder_layers)
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
-        self.num_places = config.positions_per_latent if config.latent_encoder_pooling == "concat" else None
-        self.out_proj = VMDPosteriorLinear(config.hidden_size * (self.num_places or 1), 2 * config.latent_size)
+        concat = config.latent_encoder_pooling == "concat"
+        self.num_places = config.positions_per_latent if concat or config.latent_per_position else None
+        self.num_slices = config.num_latent_slices
+        size = config.hidden_size * (self.num_places or 1) // self.num_slices
+        self.out_proj = VMDPosteriorLinear(size, 2 * config.latent_size // self.num_slices)
         with_blocks = config.block_size is not None
         self.before_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False) if with_blocks else None
 
-    def forward(self, clean_embeddings, masked, revealed, position_ids, attention_context, before=None):
+    def forward(self, clean_embeddings, masked, revealed, position_ids, attention_context, before=None, prior=()):
         """
         Args:
             clean_embeddings: (batch, length, hidden), embeddings of x_0. With blocks, a row here is a block.
             masked, revealed: (batch, length) bool, as in `Corruption`.
             position_ids: (batch, length): a token's own place where each has one (modulo the block's size).
             before: With blocks, (batch, hidden): the last clean hidden state before the block, 0 if there is none.
+            prior: Mean and log-variance of a learned prior, each (batch, latent_size); none: N(0, I).
 
         Returns:
-            mean and log-variance, each (batch, latent_size) float32; 0 where nothing is revealed.
+            mean and log-variance, each (batch, latent_size) float32; those of the prior where nothing is revealed.
         """
         flags = torch.where(revealed, REVEALED_NOW, torch.where(masked, STILL_MASKED, VISIBLE))
         hidden_states = clean_embeddings + self.embed_flags(flags)
@@ -734,16 +746,20 @@ class VMDLatentEncoder(nn.Module):
             hidden_states = hidden_states + self.before_proj(before)[:, None]
         for layer in self.layers:
             hidden_states, _ = layer(hidden_states, **attention_context)
-        count = revealed.sum(-1, keepdim=True)
+        hidden_states = self.norm(hidden_states) * revealed[..., None]
+        told = revealed.any(-1, keepdim=True)  # (batch, slices): which slices have anything to tell
         if self.num_places is None:
-            weights = (revealed / count.clamp(min=1))[..., None]
+            pooled = hidden_states.sum(1) / revealed.sum(-1, keepdim=True).clamp(min=1)
         else:
-            places = nn.functional.one_hot(position_ids % self.num_places, self.num_places)
-            weights = places * revealed[..., None]
-        hidden_states = self.norm(hidden_states)
-        pooled = torch.einsum("blp,blh->bph", weights.to(hidden_states.dtype), hidden_states).flatten(1)
-        statistics = self.out_proj(pooled).float() * (count > 0)
-        return statistics.chunk(2, dim=-1)
+            places = position_ids % self.num_places
+            pooled = hidden_states.new_zeros(len(revealed), self.num_places, hidden_states.shape[-1])
+            pooled = pooled.scatter_add(1, places[..., None].expand_as(hidden_states), hidden_states)
+            if self.num_slices > 1:
+                told = revealed.new_zeros(pooled.shape[:2], dtype=torch.int64).scatter_add(1, places, revealed.long())
+        told = told.bool()[..., None]
+        parts = self.out_proj(pooled.view(len(pooled), self.num_slices, -1)).float().chunk(2, dim=-1)
+        priors = [part.unflatten(-1, (self.num_slices, -1)) for part in prior] or (0.0, 0.0)
+        return tuple(torch.where(told, *pair).flatten(1) for pair in zip(parts, priors, strict=True))
 
 
 class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
@@ -927,13 +943,14 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         if self.config.block_size is not None:
             clean_hidden_states, context = self.model.read(clean, layout)
             before = last_before_blocks(clean_hidden_states, layout).flatten(0, 1)  # (units, hidden)
-        q_mean, kl_elements = None, None
+        posterior_mean, kl_elements = None, None
         per_latent = (len(clean),) if self.config.block_size is None else (len(clean), layout.num_blocks)
         if self.latent_encoder is not None:
             prior = () if self.model.latent_prior is None else self.model.latent_prior(before)
-            q_mean, q_log_variance = self.encode(clean, layout, maskable, corruption, before)
+            q_mean, q_log_variance = self.encode(clean, layout, maskable, corruption, before, prior)
             kl_elements = gaussian_kl(q_mean, q_log_variance, *prior)  # (units, latent_size)
             kl_elements = kl_elements * self._has_latent(corruption)
+            posterior_mean = (q_mean * self._has_latent(corruption)).detach().view(*per_latent, -1)
             mean, log_variance, *prior = (part[:, None] for part in (q_mean, q_log_variance, *prior))
             latents, log_ratio = draw_latents(mean, log_variance, noise[2], *prior)  # (units, draws, latent_size)
             latents = latents.unflatten(0, (len(clean), -1)).transpose(1, 2).flatten(0, 1)  # (rows * draws, N, size)
@@ -985,7 +1002,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             reconstruction_loss=reconstruction_loss.detach(),
             kl=kl.detach(),
             kl_per_latent=None if kl_elements is None else kl_elements.sum(-1).detach().view(per_latent),
-            posterior_mean=None if q_mean is None else q_mean.detach().view(*per_latent, -1),
+            posterior_mean=posterior_mean,
             hidden_states=gather_hidden_states(outputs.hidden_states, draws_layout),
             attentions=outputs.attentions,
         )
@@ -997,11 +1014,12 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         maskable: torch.Tensor,
         corruption: Corruption,
         before: torch.Tensor | None = None,
+        prior: tuple[torch.Tensor, ...] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of the posterior of the config's objective, each (batch * N, latent_size) float32.
 
         `input_ids` (batch, N * width) are clean and on the grid; `maskable` and `corruption` are those of its units,
-        and so is `before`.
+        and so are `before` and `prior`.
         """
         masked, revealed = corruption.masked, corruption.revealed
         if self.config.objective == "per_sample":  # one z for all steps: q(z | x_0, all masked)
@@ -1013,7 +1031,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             real = real | ~real.any(-1, keepdim=True)  # a block of padding alone may attend to itself
         position_ids = layout.units(layout.position_ids)
         context = self.model.attention_context(embeddings, real, position_ids)
-        return self.latent_encoder(embeddings, masked, revealed, position_ids, context, before)
+        return self.latent_encoder(embeddings, masked, revealed, position_ids, context, before, prior)
 
     def _has_latent(self, corruption: Corruption) -> torch.Tensor:
         """(units, 1) bool: which reveal enough tokens for a latent."""
@@ -1051,7 +1069,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         kl = (weight * kl_elements.sum(-1)).sum()
         if not (self.training and self.config.free_bits):
             return kl, kl
-        free = self.config.free_bits * self._has_latent(corruption)
+        free = self.config.free_bits * (kl_elements > 0)  # where nothing is told, nothing is free
         return kl, (weight * kl_elements.maximum(free).sum(-1)).sum()
 
     def _kl_weight(self) -> float | torch.Tensor:
@@ -1132,7 +1150,9 @@ def check_inputs(input_ids, attention_mask, position_ids, config):
             raise ValueError(
                 f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(value.shape)}"
             )
-    has_table = config.position_embedding_type == "learned" or config.position_groups or config.latent_position_inputs
+    has_table = config.position_embedding_type == "learned" or config.position_groups
+    if config.block_size is None:  # else the places are those of a block
+        has_table = has_table or config.latent_position_inputs or config.latent_per_position
     if not has_table and config.backbone_config is None:
         return
     if position_ids is not None:
