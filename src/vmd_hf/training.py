@@ -48,9 +48,9 @@ class VMDMetricsCallback(TrainerCallback):
 
     Training logs gain `reconstruction_loss`, `kl` (both on the scale of `loss`), `kl_per_latent` (nats, mean over
     latents) and `active_units`: the latent dimensions whose posterior mean varies over the latents since the last log
-    by a variance above 0.01 (Burda, Grosse, Salakhutdinov, arXiv 1509.00519; with `latent_per_position` slices that are
-    told nothing count, too, with the prior's mean). Evaluation metrics gain the same with the prefix of the evaluation.
-    All are those of the rows of all processes.
+    by a variance above 0.01 (Burda, Grosse, Salakhutdinov, arXiv 1509.00519; with `latent_per_position` slices that
+    are told nothing count, too, with the prior's mean). Evaluation metrics gain the same with the prefix of the
+    evaluation. All are those of the rows of all processes.
 
     Pass it in `Trainer(callbacks=[VMDMetricsCallback()])`. The Trainer calls reporters such as TensorBoard before the
     callbacks it is given; for these to see the values too, use
