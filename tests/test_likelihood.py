@@ -178,7 +178,7 @@ def test_the_reference_is_the_distribution_of_the_sampler(num_steps, resample_la
     counts = torch.bincount(texts @ row_of(9, 3, 1), minlength=27)
     exact = torch.tensor(
         [
-            sampler_log_probability(model, row_of(*tokens), range(3), num_steps, not resample_latents, 20)
+            sampler_log_probability(model, row_of(*tokens), range(3), num_steps, not resample_latents)
             for tokens in itertools.product(range(DIGITS), repeat=3)
         ]
     ).exp()
@@ -322,7 +322,7 @@ class CodeOfPair(nn.Module):
     """Posterior of a pair (k, k): z = +1 or -1 by k where both tokens are masked, the prior where one gives the other
     away."""
 
-    def forward(self, clean_embeddings, masked, revealed, position_ids, attention_context, before=None):
+    def forward(self, clean_embeddings, masked, revealed, position_ids, attention_context, before=None, prior=()):
         sign = clean_embeddings[:, 0, :1] - clean_embeddings[:, 0, 1:2]  # embeddings are one-hot
         joint = (revealed.sum(-1, keepdim=True) == 2).float()
         return joint * sign, joint * math.log(0.4)
