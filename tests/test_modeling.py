@@ -213,13 +213,7 @@ def test_padding_on_either_side_leaves_the_loss_of_a_row_alone(position, objecti
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"latent_encoder_pooling": "concat"},
-        {"latent_position_inputs": True},
-        {"latent_per_position": True, "latent_size": 32},
-    ],
+    "settings", [{}, {"latent_encoder_pooling": "concat"}, {"latent_position_inputs": True}, PER_POSITION]
 )
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_padded_batch_is_its_rows(objective, settings):

@@ -125,10 +125,10 @@ def sampler_label(sampler: str, model: PreTrainedModel) -> str:
 
 def samplers_of(model: PreTrainedModel, args: EvaluationArguments) -> dict[str, dict[str, bool]]:
     """Those of `SAMPLERS` that were asked for; without a latent all that differ."""
-    wanted = (args.resample_latents in (None, True), args.resample_latents in (None, False))
+    wanted = {False, True} if args.resample_latents is None else {args.resample_latents}
     if model.config.latent_size == 0:
-        wanted = False, True
-    return {name: settings for name, settings in SAMPLERS.items() if wanted[0 if settings["resample_latents"] else 1]}
+        wanted = {False}
+    return {name: settings for name, settings in SAMPLERS.items() if settings["resample_latents"] in wanted}
 
 
 def evaluate_synthetic(

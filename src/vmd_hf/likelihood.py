@@ -205,7 +205,7 @@ class _Problem:
         row_steps: (batch, N), T_n of each unit.
         context: With blocks, the clean tokens that they see, read once.
         before: With blocks, (batch, N, hidden): the last clean hidden state before each.
-        prior: Mean and log-variance of a learned prior, each (batch, N, latent_size); `None`: N(0, I).
+        prior: Mean and log-variance of a learned prior, each (batch, N, latent_size); none: N(0, I).
     """
 
     model: VMDForMaskedDiffusion
@@ -216,7 +216,7 @@ class _Problem:
     row_steps: torch.Tensor
     context: CleanContext | None
     before: torch.Tensor | None
-    prior: tuple[torch.Tensor, torch.Tensor] | None
+    prior: tuple[torch.Tensor, ...]
 
     @property
     def max_steps(self) -> int:
@@ -257,11 +257,11 @@ def _pose(model, input_ids, labels, attention_mask, position_ids, num_steps) -> 
     grid = (layout.num_blocks, layout.width)
     maskable = layout.scatter(labels != -100, False).unflatten(1, grid)
     num_maskable = maskable.sum(-1)
-    context, before, prior = None, None, None
+    context, before, prior = None, None, ()
     if model.config.block_size is not None:
         hidden_states, context = model.model.read(clean, layout)
         before = last_before_blocks(hidden_states, layout)
-        prior = None if model.model.latent_prior is None else model.model.latent_prior(before)
+        prior = () if model.model.latent_prior is None else model.model.latent_prior(before)
     row_steps = step_schedule(num_maskable, num_steps)
     return _Problem(model, layout, clean.unflatten(1, grid), maskable, num_maskable, row_steps, context, before, prior)
 
@@ -347,7 +347,7 @@ def _encode(problem: _Problem, rows, masked, revealed) -> tuple[torch.Tensor, to
     )
     corruption = Corruption(masked, revealed, weight=torch.ones(len(masked), device=masked.device))
     before = None if problem.before is None else problem.before[rows].flatten(0, 1)
-    prior = tuple(part[rows].flatten(0, 1) for part in problem.prior or ())
+    prior = tuple(part[rows].flatten(0, 1) for part in problem.prior)
     statistics = model.encode(clean.view(len(rows), -1), layout, maskable, corruption, before, prior)
     return tuple(part.unflatten(0, (len(rows), -1)) for part in statistics)
 
@@ -355,7 +355,7 @@ def _encode(problem: _Problem, rows, masked, revealed) -> tuple[torch.Tensor, to
 def _sample(problem: _Problem, rows, mean, log_variance, epsilon):
     """Latents z = mean + std * epsilon, (states, num_samples, N, latent_size); KL(q || p), (states, N); and
     log p(z) - log q(z), (states, num_samples, N)."""
-    prior = tuple(part[rows] for part in problem.prior or ())
+    prior = tuple(part[rows] for part in problem.prior)
     kl = gaussian_kl(mean, log_variance, *prior).sum(-1)
     latents, log_ratio = draw_latents(
         mean[:, None], log_variance[:, None], epsilon, *(part[:, None] for part in prior)

@@ -60,8 +60,8 @@ class VMDMaskedDiffusionOutput(ModelOutput):
         kl: Scalar, the KL term over the same number.
         kl_per_latent: (batch,), with blocks (batch, blocks): unweighted KL(q || p) of each latent in nats; 0 where
             nothing was masked.
-        posterior_mean: (batch, latent_size), with blocks (batch, blocks, latent_size): mean of q; 0 where nothing was
-            masked.
+        posterior_mean: (batch, latent_size), with blocks (batch, blocks, latent_size): mean of q; 0 where fewer than
+            `latent_min_tokens` tokens were revealed.
         hidden_states, attentions: As everywhere in transformers, on request.
     """
 
@@ -755,11 +755,10 @@ class VMDLatentEncoder(nn.Module):
             pooled = hidden_states.new_zeros(len(revealed), self.num_places, hidden_states.shape[-1])
             pooled = pooled.scatter_add(1, places[..., None].expand_as(hidden_states), hidden_states)
             if self.num_slices > 1:
-                told = revealed.new_zeros(pooled.shape[:2], dtype=torch.int64).scatter_add(1, places, revealed.long())
-        told = told.bool()[..., None]
+                told = places.new_zeros(pooled.shape[:2]).scatter_add(1, places, revealed.long()) > 0
         parts = self.out_proj(pooled.view(len(pooled), self.num_slices, -1)).float().chunk(2, dim=-1)
         priors = [part.unflatten(-1, (self.num_slices, -1)) for part in prior] or (0.0, 0.0)
-        return tuple(torch.where(told, *pair).flatten(1) for pair in zip(parts, priors, strict=True))
+        return tuple(torch.where(told[..., None], *pair).flatten(1) for pair in zip(parts, priors, strict=True))
 
 
 class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
@@ -948,9 +947,9 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         if self.latent_encoder is not None:
             prior = () if self.model.latent_prior is None else self.model.latent_prior(before)
             q_mean, q_log_variance = self.encode(clean, layout, maskable, corruption, before, prior)
-            kl_elements = gaussian_kl(q_mean, q_log_variance, *prior)  # (units, latent_size)
-            kl_elements = kl_elements * self._has_latent(corruption)
-            posterior_mean = (q_mean * self._has_latent(corruption)).detach().view(*per_latent, -1)
+            has_latent = corruption.revealed.sum(-1, keepdim=True) >= self.config.latent_min_tokens  # (units, 1)
+            kl_elements = gaussian_kl(q_mean, q_log_variance, *prior) * has_latent  # (units, latent_size)
+            posterior_mean = (q_mean * has_latent).detach().view(*per_latent, -1)
             mean, log_variance, *prior = (part[:, None] for part in (q_mean, q_log_variance, *prior))
             latents, log_ratio = draw_latents(mean, log_variance, noise[2], *prior)  # (units, draws, latent_size)
             latents = latents.unflatten(0, (len(clean), -1)).transpose(1, 2).flatten(0, 1)  # (rows * draws, N, size)
@@ -988,7 +987,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         if num_draws == 1:
             loss = reconstruction_loss + self._kl_weight() * kl_loss
         else:
-            log_ratio = log_ratio.sum(-1) * self._has_latent(corruption)
+            log_ratio = log_ratio.sum(-1) * has_latent
             evidence = self._kl_weight() * log_ratio - reconstruction  # (units, draws)
             loss = (weight * (math.log(num_draws) - evidence.logsumexp(-1))).sum()
         if loop_loss:
@@ -1032,10 +1031,6 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         position_ids = layout.units(layout.position_ids)
         context = self.model.attention_context(embeddings, real, position_ids)
         return self.latent_encoder(embeddings, masked, revealed, position_ids, context, before, prior)
-
-    def _has_latent(self, corruption: Corruption) -> torch.Tensor:
-        """(units, 1) bool: which reveal enough tokens for a latent."""
-        return corruption.revealed.sum(-1, keepdim=True) >= self.config.latent_min_tokens
 
     def _draw_noise(self, units, layout, seeds):
         per_unit = self.config.objective_draws, self.config.latent_size
