@@ -348,6 +348,9 @@ def test_a_sudoku_model_is_trained_evaluated_drawn_and_draws_its_board(tmp_path,
     sudoku_figures.main([f"--model={solver}", "--num_steps=2", f"--puzzle={puzzle}"])
     for name in ("accuracy_over_steps.png", "accuracy_over_training.png", "board.png"):
         assert len(np.unique(imread(solver / name))) > 10
+    one = imread(solver / "accuracy_over_steps.png")
+    sudoku_figures.main(["--model", str(solver), str(solver / "checkpoint-2"), "--num_steps=2"])
+    assert (imread(solver / "accuracy_over_steps.png") != one).any()
     capsys.readouterr()
     assert solve_sudoku.main([f"--model={solver}", "--num_steps=3", puzzle]) == 1  # two updates teach nothing
     lines = capsys.readouterr().out.splitlines()

@@ -1,10 +1,12 @@
-"""Figures of a Sudoku model: accuracy over forward passes, over training steps, and a board that fills.
+"""Figures of Sudoku models: accuracy over forward passes, over training steps, and a board that fills.
 
     python training_scripts/evaluate_vmd.py --model outputs/sudoku --task sudoku --num_steps 1 5 10 20
     python training_scripts/sudoku_figures.py --model outputs/sudoku
+    python training_scripts/sudoku_figures.py --model outputs/mdm outputs/vmd
 
-Reads `results.json` of the model's folder and of the checkpoints in it, as `evaluate_vmd.py --task sudoku` writes
-them, and writes `accuracy_over_steps.png`, `accuracy_over_training.png` and `board.png` beside it.
+Reads `results.json` of the models' folders and of the checkpoints in them, as `evaluate_vmd.py --task sudoku` writes
+them, and writes `accuracy_over_steps.png`, `accuracy_over_training.png` (all models in one) and `board.png` (of the
+first) in the first folder.
 """
 
 import json
@@ -29,7 +31,7 @@ import matplotlib.pyplot as plt
 class FigureArguments:
     """What to draw."""
 
-    model: str = field(default="outputs/sudoku", metadata={"help": "Folder of the model."})
+    model: list[str] = field(default_factory=lambda: ["outputs/sudoku"], metadata={"help": "Folders of models."})
     puzzle: str = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
     num_steps: int = field(default=10, metadata={"help": "Forward passes for the board, and over training steps."})
     remasking: str = "top_prob_margin"
@@ -49,35 +51,41 @@ def draw_accuracy(axes: plt.Axes, x: list[int], rows: list[dict[str, Any]], labe
     )
 
 
-def accuracy_over_steps(folder: Path) -> None:
+def accuracy_over_steps(folders: list[Path]) -> None:
     figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
-    results = read_results(folder)
-    for rule in dict.fromkeys(row["remasking"] for row in results):
-        rows = sorted((row for row in results if row["remasking"] == rule), key=lambda row: row["num_steps"])
-        draw_accuracy(axes, [row["num_steps"] for row in rows], rows, rule)
+    ticks = set()
+    for folder in folders:
+        results = read_results(folder)
+        for rule in dict.fromkeys(row["remasking"] for row in results):
+            rows = sorted((row for row in results if row["remasking"] == rule), key=lambda row: row["num_steps"])
+            draw_accuracy(axes, [row["num_steps"] for row in rows], rows, f"{folder.name}, {rule}")
+        ticks |= {row["num_steps"] for row in results}
     axes.set(xlabel="forward passes", ylabel="puzzles solved, %", ylim=(0, 101), xscale="log")
-    ticks = sorted({row["num_steps"] for row in results})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    axes.set_xticks(sorted(ticks), [str(tick) for tick in sorted(ticks)], minor=False)
     axes.minorticks_off()
     axes.legend()
-    figure.savefig(folder / "accuracy_over_steps.png", dpi=110)
+    figure.savefig(folders[0] / "accuracy_over_steps.png", dpi=110)
 
 
-def accuracy_over_training(folder: Path, remasking: str, num_steps: int) -> None:
-    folders = [path for path in folder.glob("checkpoint-*") if (path / "results.json").exists()]
-    if not folders:
-        return
-    folders.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
+def accuracy_over_training(folders: list[Path], remasking: str, num_steps: int) -> None:
+    """Of the checkpoints that were evaluated; no figure if there are none."""
     figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
-    chosen = [
-        next(row for row in read_results(path) if (row["remasking"], row["num_steps"]) == (remasking, num_steps))
-        for path in folders
-    ]
-    updates = [int(path.name.removeprefix("checkpoint-")) for path in folders]
-    draw_accuracy(axes, updates, chosen, f"{remasking}, {num_steps} forward passes")
-    axes.set(xlabel="updates", ylabel="puzzles solved, %", ylim=(0, 101))
-    axes.legend()
-    figure.savefig(folder / "accuracy_over_training.png", dpi=110)
+    for folder in folders:
+        checkpoints = {
+            int(path.parent.name.removeprefix("checkpoint-")): read_results(path.parent)
+            for path in folder.glob("checkpoint-*/results.json")
+        }
+        updates = sorted(checkpoints)
+        rows = [
+            next(row for row in checkpoints[update] if (row["remasking"], row["num_steps"]) == (remasking, num_steps))
+            for update in updates
+        ]
+        if rows:
+            draw_accuracy(axes, updates, rows, folder.name)
+    axes.set(xlabel="updates", ylabel="puzzles solved, %", ylim=(0, 101), title=f"{remasking}, {num_steps} passes")
+    if axes.lines:
+        axes.legend()
+        figure.savefig(folders[0] / "accuracy_over_training.png", dpi=110)
 
 
 def board_that_fills(folder: Path, model: PreTrainedModel, puzzle: str, remasking: str, num_steps: int) -> None:
@@ -118,11 +126,11 @@ def board_that_fills(folder: Path, model: PreTrainedModel, puzzle: str, remaskin
 
 def main(argv: list[str]) -> None:
     (args,) = HfArgumentParser(FigureArguments).parse_args_into_dataclasses(args=argv)
-    folder = Path(args.model)
-    accuracy_over_steps(folder)
-    accuracy_over_training(folder, args.remasking, args.num_steps)
-    model = AutoModelForMaskedLM.from_pretrained(folder).eval()
-    board_that_fills(folder, model, args.puzzle, args.remasking, args.num_steps)
+    folders = [Path(name) for name in args.model]
+    accuracy_over_steps(folders)
+    accuracy_over_training(folders, args.remasking, args.num_steps)
+    model = AutoModelForMaskedLM.from_pretrained(folders[0]).eval()
+    board_that_fills(folders[0], model, args.puzzle, args.remasking, args.num_steps)
 
 
 if __name__ == "__main__":
