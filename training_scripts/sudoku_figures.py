@@ -12,6 +12,7 @@ first) in the first folder.
 import json
 import sys
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +44,29 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return [row for row in first if row.get("num_attempts", 1) == 1]
 
 
-def draw_accuracy(axes: plt.Axes, x: list[int], rows: list[dict[str, Any]], label: str) -> None:
+def draw_accuracy(axes: plt.Axes, x: list[int], rows: list[dict[str, Any]], label: str, style: str) -> None:
     """Percent solved with its interval."""
     solved, low, high = (100 * np.array([row[name] for row in rows]) for name in ("solved", "low", "high"))
     axes.errorbar(
-        x, solved, yerr=[(solved - low).clip(0), (high - solved).clip(0)], marker="o", capsize=3, label=label
+        x,
+        solved,
+        yerr=[(solved - low).clip(0), (high - solved).clip(0)],
+        fmt=style,
+        marker="o",
+        capsize=3,
+        label=label,
     )
 
 
 def accuracy_over_steps(folders: list[Path]) -> None:
     figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
     ticks = set()
-    for folder in folders:
+    for folder, line in zip(folders, cycle(("-", "--", ":", "-."))):
         results = read_results(folder)
-        for rule in dict.fromkeys(row["remasking"] for row in results):
+        for number, rule in enumerate(dict.fromkeys(row["remasking"] for row in results)):
             rows = sorted((row for row in results if row["remasking"] == rule), key=lambda row: row["num_steps"])
-            draw_accuracy(axes, [row["num_steps"] for row in rows], rows, f"{folder.name}, {rule}")
+            steps = [row["num_steps"] for row in rows]
+            draw_accuracy(axes, steps, rows, f"{folder.name}, {rule}", f"C{number}{line}")
         ticks |= {row["num_steps"] for row in results}
     axes.set(xlabel="forward passes", ylabel="puzzles solved, %", ylim=(0, 101), xscale="log")
     axes.set_xticks(sorted(ticks), [str(tick) for tick in sorted(ticks)], minor=False)
@@ -70,7 +78,7 @@ def accuracy_over_steps(folders: list[Path]) -> None:
 def accuracy_over_training(folders: list[Path], remasking: str, num_steps: int) -> None:
     """Of the checkpoints that were evaluated; no figure if there are none."""
     figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
-    for folder in folders:
+    for number, folder in enumerate(folders):
         checkpoints = {
             int(path.parent.name.removeprefix("checkpoint-")): read_results(path.parent)
             for path in folder.glob("checkpoint-*/results.json")
@@ -81,7 +89,7 @@ def accuracy_over_training(folders: list[Path], remasking: str, num_steps: int) 
             for update in updates
         ]
         if rows:
-            draw_accuracy(axes, updates, rows, folder.name)
+            draw_accuracy(axes, updates, rows, folder.name, f"C{number}-")
     axes.set(xlabel="updates", ylabel="puzzles solved, %", ylim=(0, 101), title=f"{remasking}, {num_steps} passes")
     if axes.lines:
         axes.legend()
