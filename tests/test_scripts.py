@@ -211,7 +211,7 @@ def test_the_adapter_of_the_recipe_has_less_than_a_twentieth_of_the_weights(tmp_
         base = train_vmd.build_model(args, tokenizer, data.sequence_length, num_training_forwards=1000)
         base.save_pretrained(tmp_path)
         assert base.generation_config.resample_latents == (recipe == "sotu_latent")
-    assert base.config.kl_warmup_steps == 300 and base.config.block_size == 4
+    assert base.config.kl_warmup_steps == 200 and base.config.block_size == 4
     arguments = [str(SCRIPTS / "recipes" / "sotu_lora.yaml"), f"--model_name_or_path={tmp_path}", "--report_to=none"]
     args, data, _ = train_vmd.parse(arguments)
     assert data.where == ["president=Roosevelt", "party=Democratic"]

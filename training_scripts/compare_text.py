@@ -51,8 +51,8 @@ WITH_LATENT = {
     "objective": "per_step",
     "objective_steps": [1, 1, 1, 2, 4],
     "latent_min_tokens": 3,
-    "kl_warmup_ratio": 0.3,
-    "learning_rate": 2e-3,
+    "kl_warmup_ratio": 0.2,
+    "learning_rate": 3e-3,
     "max_steps": 2200,
 }
 # How each row changes the recipe, in stages that start from one another. The numbers of updates make the training

@@ -165,7 +165,7 @@ def evaluate_objective(model: PreTrainedModel, batches: list[torch.Tensor]) -> d
 def evaluate_bounds(
     model: PreTrainedModel, batches: list[torch.Tensor], args: EvaluationArguments
 ) -> list[dict[str, Any]]:
-    """`corpus_bound` for each number of steps and draws."""
+    """`corpus_bound` for each number of steps and draws; of steps without a latent, which draw nothing, only once."""
     results = []
     for num_steps in args.num_steps:
         for num_draws in args.num_draws if model.config.latent_size else [1]:
@@ -193,6 +193,8 @@ def evaluate_bounds(
                     "seconds": time.perf_counter() - start,
                 }
             )
+            if found.kl_bits_per_token == 0:
+                break
     return results
 
 
