@@ -251,6 +251,8 @@ def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_aga
     assert passes == {"autoregressive": 1, "mdm": 1, "block-4": 1, "vmd-8": 1}
     passes = {line["steps a block"]: line["passes a character"] for line in lines if line["row"] == "vmd-8"}
     assert passes == {1: 2 / 8, 2: 3 / 8, 4: 4 / 8, 8: 1}  # one more for the prior, where steps have a latent
+    draws = [(line["steps a block"], line["draws"]) for line in lines if line["row"] == "vmd-8"]
+    assert draws == [(1, 1), (1, 16), (2, 1), (2, 16), (4, 1), (8, 1)]  # once, where steps have none
     assert set(results[2]["samples"]) == {"1", "2", "4"} and all(results[2]["samples"].values())
     assert imread(tmp_path / "out" / "frontier.png").shape[1] == 880
 
