@@ -21,12 +21,14 @@ from typing import Any
 
 import matplotlib
 import torch
+import yaml
 from benchmark import matmul_peak
 from evaluate_vmd import (
     EvaluationArguments,
     draw_samples,
     evaluate_bounds,
     evaluate_objective,
+    largest_step,
     print_table,
     write_json,
 )
@@ -41,20 +43,29 @@ from vmd_hf.training import last_whole_checkpoint
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def settings_of(recipe: str, *names: str) -> dict[str, Any]:
+    """What a recipe says of these arguments."""
+    settings = yaml.safe_load((RECIPES / recipe).read_text())
+    return {name: settings[name] for name in names}
+
+
 # Of models with blocks. One step a block is what z is for; all of them train for it alike.
-FEW_STEPS = {"objective": "per_step", "objective_steps": [1, 1, 1, 1, 1, 2, 2, 4]}
+FEW_STEPS = settings_of("sotu.yaml", "objective", "objective_steps")
 # The second stage of a VMD with blocks: what the context tells is learned before what z tells.
-WITH_LATENT = {
-    "latent_size": 16,
-    "latent_position_inputs": True,
-    "prior": "learned",
-    "objective": "per_step",
-    "objective_steps": [1, 1, 1, 2, 4],
-    "latent_min_tokens": 3,
-    "kl_warmup_ratio": 0.2,
-    "learning_rate": 3e-3,
-    "max_steps": 2200,
-}
+WITH_LATENT = settings_of(
+    "sotu_latent.yaml",
+    "latent_size",
+    "latent_position_inputs",
+    "prior",
+    "objective",
+    "objective_steps",
+    "latent_min_tokens",
+    "kl_warmup_ratio",
+    "learning_rate",
+)
 # How each row changes the recipe, in stages that start from one another. The numbers of updates make the training
 # times about equal.
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -63,8 +74,8 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "vmd": [{"latent_size": 16, "objective": "vmd", "max_steps": 11000}],
     "block-4": [{"block_size": 4, **FEW_STEPS, "max_steps": 6500}],
     "block-8": [{"block_size": 8, **FEW_STEPS, "max_steps": 6500}],
-    "vmd-4": [{"block_size": 4, **FEW_STEPS, "max_steps": 4000}, WITH_LATENT],
-    "vmd-8": [{"block_size": 8, **FEW_STEPS, "max_steps": 4000}, WITH_LATENT],
+    "vmd-4": [{"block_size": 4, **FEW_STEPS, "max_steps": 4000}, {**WITH_LATENT, "max_steps": 2200}],
+    "vmd-8": [{"block_size": 8, **FEW_STEPS, "max_steps": 4000}, {**WITH_LATENT, "max_steps": 2200}],
 }
 
 
@@ -186,8 +197,8 @@ def lines_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def passes_per_character(result: dict[str, Any], bound: dict[str, Any]) -> float:
     """A learned prior takes one more for a block, where a step reveals enough tokens for a latent."""
-    fewest, largest = result["latent_min_tokens"], -(-result["width"] // bound["num_steps"])
-    return (bound["num_steps"] + (fewest is not None and largest >= fewest)) / result["width"]
+    fewest, width, num_steps = result["latent_min_tokens"], result["width"], bound["num_steps"]
+    return (num_steps + (fewest is not None and largest_step(width, num_steps) >= fewest)) / width
 
 
 def draw_frontier(results: list[dict[str, Any]], path: Path) -> None:
@@ -224,7 +235,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output_dir", default="outputs/text_comparison")
     options, recipe_arguments = parser.parse_known_args(argv)
     if not (recipe_arguments and recipe_arguments[0].endswith(".yaml")):
-        recipe_arguments = [str(Path(__file__).parent / "recipes" / "text_comparison.yaml"), *recipe_arguments]
+        recipe_arguments = [str(RECIPES / "text_comparison.yaml"), *recipe_arguments]
     output_dir = Path(options.output_dir)
     for seed in options.seeds:
         for row in options.rows:

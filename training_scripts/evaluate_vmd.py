@@ -58,6 +58,7 @@ from vmd_hf.data.sudoku import (
 from vmd_hf.data.synthetic import joint_metrics, target_distribution
 from vmd_hf.data.text import clean_text8, load_documents, text_datasets
 from vmd_hf.hub import load_tokenizer
+from vmd_hf.noise_vmd import most_revealed
 from vmd_hf.training import ACTIVE_UNIT_VARIANCE
 
 SAMPLERS = {
@@ -162,13 +163,20 @@ def evaluate_objective(model: PreTrainedModel, batches: list[torch.Tensor]) -> d
     return result
 
 
+def largest_step(width: int, num_steps: int) -> int:
+    """Tokens that one of `num_steps` steps reveals at most, of `width`."""
+    return int(most_revealed(torch.tensor(width), torch.tensor(num_steps)))
+
+
 def evaluate_bounds(
     model: PreTrainedModel, batches: list[torch.Tensor], args: EvaluationArguments
 ) -> list[dict[str, Any]]:
     """`corpus_bound` for each number of steps and draws; of steps without a latent, which draw nothing, only once."""
-    results = []
+    config, results = model.config, []
+    width = config.block_size or batches[0].shape[1]
     for num_steps in args.num_steps:
-        for num_draws in args.num_draws if model.config.latent_size else [1]:
+        has_latent = config.latent_size > 0 and largest_step(width, num_steps) >= config.latent_min_tokens
+        for num_draws in args.num_draws if has_latent else [1]:
             start = time.perf_counter()
             found = corpus_bound(
                 model,
@@ -193,8 +201,6 @@ def evaluate_bounds(
                     "seconds": time.perf_counter() - start,
                 }
             )
-            if found.kl_bits_per_token == 0:
-                break
     return results
 
 
