@@ -256,7 +256,7 @@ def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_aga
     assert set(results[2]["samples"]) == {"1", "2", "4"} and all(results[2]["samples"].values())
     assert imread(tmp_path / "out" / "frontier.png").shape[1] == 880
 
-    assert [len(result["training"]) for result in results] == [1, 1, 1, 2]
+    assert [len(result["training"]) for result in results] == [1, 1, 2, 2]
     training = results[3]["training"][1]
     assert training["updates"] == 2
     assert training["tokens_per_second"] == pytest.approx(2 * 16 * 16 / training["seconds"])
@@ -265,6 +265,8 @@ def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_aga
     compare_text.main([*arguments, "--rows", "autoregressive", "block-8"])
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [*again[:3], again[4]] == results and again[3]["row"] == "block-8"
+    assert again[3]["training"][0] == results[3]["training"][0]  # the stage that both begin with, trained once
+    assert not (tmp_path / "out" / "vmd-8-0" / "stage-0").exists()
 
 
 def test_a_model_of_whole_boards_completes_clues_that_leave_many_solutions(tmp_path):

@@ -7,8 +7,8 @@ All models have the same size (a VMD also has its latent path), the same data in
 training time: the numbers of updates were chosen for that, and the time that a row took is reported. The bounds are
 those of `vmd_hf.corpus_bound` on the test split, for samplers of 1, 2, 4 and 8 steps a block. Prints a table, writes
 `results.json`, and draws bits a character over forward passes a character, of all rows in the output folder. A row
-that is there already is not trained again, and one that was interrupted goes on from its last checkpoint. All other
-arguments are those of train_vmd.py, and change every row.
+or a stage that is there already is not trained again, and one that was interrupted goes on from its last checkpoint.
+All other arguments are those of train_vmd.py, and change every row.
 """
 
 import argparse
@@ -52,8 +52,11 @@ def settings_of(recipe: str, *names: str) -> dict[str, Any]:
     return {name: settings[name] for name in names}
 
 
-# Of models with blocks. One step a block is what z is for; all of them train for it alike.
-FEW_STEPS = settings_of("sotu.yaml", "objective", "objective_steps")
+# Of models with blocks: one step a block is what z is for, and all of them train for it alike. In the first stage the
+# learning rate does not fall yet.
+FIRST_STAGE = {"lr_scheduler_type": "constant_with_warmup"}
+PER_STEP = settings_of("sotu.yaml", "objective", "objective_steps")
+PER_STEP_OF_8 = PER_STEP | {"objective_steps": [1, 1, 1, 1, 2, 2, 4, 8]}
 # The second stage of a VMD with blocks: what the context tells is learned before what z tells.
 WITH_LATENT = settings_of(
     "sotu_latent.yaml",
@@ -66,32 +69,39 @@ WITH_LATENT = settings_of(
     "kl_warmup_ratio",
     "learning_rate",
 )
+WITH_LATENT_OF_8 = WITH_LATENT | {"objective_steps": [1, 1, 1, 2, 4, 8]}
 # How each row changes the recipe, in stages that start from one another. The numbers of updates make the training
-# times about equal.
+# times about equal, ten minutes on two CPU cores.
+BLOCKS_OF_4 = {"block_size": 4, **PER_STEP, **FIRST_STAGE, "max_steps": 1900}
+BLOCKS_OF_8 = {"block_size": 8, **PER_STEP_OF_8, **FIRST_STAGE, "max_steps": 1850}
 ROWS: dict[str, list[dict[str, Any]]] = {
-    "autoregressive": [{"block_size": 1, "objective": "per_sample", "objective_steps": [1], "max_steps": 6500}],
-    "mdm": [{"objective": "vmd", "max_steps": 16000}],
-    "vmd": [{"latent_size": 16, "objective": "vmd", "max_steps": 11000}],
-    "block-4": [{"block_size": 4, **FEW_STEPS, "max_steps": 6500}],
-    "block-8": [{"block_size": 8, **FEW_STEPS, "max_steps": 6500}],
-    "vmd-4": [{"block_size": 4, **FEW_STEPS, "max_steps": 4000}, {**WITH_LATENT, "max_steps": 2200}],
-    "vmd-8": [{"block_size": 8, **FEW_STEPS, "max_steps": 4000}, {**WITH_LATENT, "max_steps": 2200}],
+    "autoregressive": [{"block_size": 1, "objective": "per_sample", "objective_steps": [1], "max_steps": 3700}],
+    "mdm": [{"objective": "vmd", "max_steps": 8800}],
+    "vmd": [{"latent_size": 16, "objective": "vmd", "max_steps": 6500}],
+    "block-4": [BLOCKS_OF_4, {**PER_STEP, "max_steps": 1900}],
+    "block-8": [BLOCKS_OF_8, {**PER_STEP_OF_8, "max_steps": 1850}],
+    "vmd-4": [BLOCKS_OF_4, {**WITH_LATENT, "max_steps": 1400}],
+    "vmd-4-standard-prior": [BLOCKS_OF_4, {**WITH_LATENT, "prior": "standard", "max_steps": 1400}],
+    "vmd-8": [BLOCKS_OF_8, {**WITH_LATENT_OF_8, "max_steps": 1300}],
 }
 
 
-def run_row(row: str, seed: int, recipe_arguments: list[str], folder: Path, num_eval_rows: int, split: str) -> None:
+def run_row(
+    row: str, seed: int, recipe_arguments: list[str], output_dir: Path, num_eval_rows: int, split: str
+) -> None:
     """Trains and evaluates one model, unless its results are there."""
-    if (folder / "row.json").exists():
+    path = output_dir / f"{row}-{seed}" / "row.json"
+    if path.exists():
         return
     recipe, *changes = recipe_arguments
-    stages = []
+    stages, stage_folder = [], None
     for number, stage in enumerate(ROWS[row]):
-        stage_folder = folder / f"stage-{number}"
         settings = ["--latent_size", "0"]
         for name, value in stage.items():
             settings += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        if number:
-            settings += ["--model_name_or_path", str(folder / f"stage-{number - 1}")]
+        if stage_folder:
+            settings += ["--model_name_or_path", str(stage_folder)]
+        stage_folder = output_dir / f"{first_row_that_begins_as(row, number)}-{seed}" / f"stage-{number}"
         arguments = parse([recipe, *settings, *changes, f"--seed={seed}", f"--output_dir={stage_folder}"])
         stages.append(train_stage(arguments, stage_folder / "training.json"))
     model = VMDForMaskedDiffusion.from_pretrained(stage_folder).eval()
@@ -103,7 +113,12 @@ def run_row(row: str, seed: int, recipe_arguments: list[str], folder: Path, num_
         "training": stages,
         **evaluate_row(model, tokenizer, arguments[1], num_eval_rows, split),
     }
-    write_json(folder / "row.json", result)
+    write_json(path, result)
+
+
+def first_row_that_begins_as(row: str, number: int) -> str:
+    """A stage that rows have in common, with all before it, is trained once, in the folder of the first of them."""
+    return next(other for other in ROWS if ROWS[other][: number + 1] == ROWS[row][: number + 1])
 
 
 def train_stage(arguments: tuple[ModelArguments, DataArguments, TrainingArguments], path: Path) -> dict[str, Any]:
@@ -239,8 +254,7 @@ def main(argv: list[str]) -> None:
     output_dir = Path(options.output_dir)
     for seed in options.seeds:
         for row in options.rows:
-            folder = output_dir / f"{row}-{seed}"
-            run_row(row, seed, recipe_arguments, folder, options.num_eval_rows, options.eval_split)
+            run_row(row, seed, recipe_arguments, output_dir, options.num_eval_rows, options.eval_split)
     results = results_in(output_dir)
     print_table("Upper bounds on the bits a character, with their 95 % interval", lines_of(results))
     names = ("row", "seed", "parameters")

@@ -178,16 +178,17 @@ def build_model(
         "hidden_dropout": args.hidden_dropout,
         "attn_implementation": args.attn_implementation,
     }
-    latent_settings = {
-        "latent_size": args.latent_size,
-        "prior": args.prior if args.latent_size else "standard",
-        "conditioning_size": args.conditioning_size,
-        "conditioner_initializer_range": args.conditioner_initializer_range,
-        "latent_position_inputs": args.latent_position_inputs and args.latent_size > 0,
-        "latent_per_position": args.latent_per_position and args.latent_size > 0,
-        "num_latent_encoder_layers": args.num_latent_encoder_layers,
-        "latent_encoder_pooling": args.latent_encoder_pooling,
-    }
+    latent_settings = {"latent_size": args.latent_size}
+    if args.latent_size:
+        latent_settings |= {
+            "prior": args.prior,
+            "conditioning_size": args.conditioning_size,
+            "conditioner_initializer_range": args.conditioner_initializer_range,
+            "latent_position_inputs": args.latent_position_inputs,
+            "latent_per_position": args.latent_per_position,
+            "num_latent_encoder_layers": args.num_latent_encoder_layers,
+            "latent_encoder_pooling": args.latent_encoder_pooling,
+        }
     if args.model_name_or_path:
         if not args.latent_size or VMDConfig.from_pretrained(args.model_name_or_path).latent_size:
             return VMDForMaskedDiffusion.from_pretrained(args.model_name_or_path, **settings)
