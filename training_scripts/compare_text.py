@@ -52,9 +52,7 @@ def settings_of(recipe: str, *names: str) -> dict[str, Any]:
     return {name: settings[name] for name in names}
 
 
-# Of models with blocks: one step a block is what z is for, and all of them train for it alike. In the first stage the
-# learning rate does not fall yet.
-FIRST_STAGE = {"lr_scheduler_type": "constant_with_warmup"}
+# Of models with blocks: one step a block is what z is for, and all of them train for it alike.
 PER_STEP = settings_of("sotu.yaml", "objective", "objective_steps")
 PER_STEP_OF_8 = PER_STEP | {"objective_steps": [1, 1, 1, 1, 2, 2, 4, 8]}
 # The second stage of a VMD with blocks: what the context tells is learned before what z tells.
@@ -70,10 +68,12 @@ WITH_LATENT = settings_of(
     "learning_rate",
 )
 WITH_LATENT_OF_8 = WITH_LATENT | {"objective_steps": [1, 1, 1, 2, 4, 8]}
-# How each row changes the recipe, in stages that start from one another. The numbers of updates make the training
-# times about equal, ten minutes on two CPU cores.
+# The first stage of all of them, in which the learning rate does not fall yet.
+FIRST_STAGE = {"lr_scheduler_type": "constant_with_warmup"}
 BLOCKS_OF_4 = {"block_size": 4, **PER_STEP, **FIRST_STAGE, "max_steps": 1900}
 BLOCKS_OF_8 = {"block_size": 8, **PER_STEP_OF_8, **FIRST_STAGE, "max_steps": 1850}
+# How each row changes the recipe, in stages that start from one another. The numbers of updates make the training
+# times about equal, ten minutes on two CPU cores.
 ROWS: dict[str, list[dict[str, Any]]] = {
     "autoregressive": [{"block_size": 1, "objective": "per_sample", "objective_steps": [1], "max_steps": 3700}],
     "mdm": [{"objective": "vmd", "max_steps": 8800}],
