@@ -77,6 +77,14 @@ def posterior_of_row(
     return mean[0], log_variance[0]
 
 
+def scored_by_hand(config: VMDConfig, masked: list[int], revealed: list[int]) -> tuple[list[int], float]:
+    """The tokens whose cross-entropies a step adds up, and the factor of their sum: its expectation over the tokens
+    that it reveals, unless a latent was told of them."""
+    if config.objective == "per_step" and config.latent_size and len(revealed) >= config.latent_min_tokens:
+        return revealed, 1.0
+    return masked, len(revealed) / len(masked)
+
+
 def padded_batch():
     rows = [digits(1, length, seed=length)[0] for length in (3, 7)]
     mask = torch.cat([pad_row(torch.ones_like(row), 7, "left", 0) for row in rows])

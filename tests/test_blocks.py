@@ -15,6 +15,7 @@ from helpers import (
     pad_row,
     padded_batch,
     randomise,
+    scored_by_hand,
     seeded,
     tiny_config,
     tiny_model,
@@ -501,7 +502,8 @@ def slow_row(model, row, labels, times, position_noise, latent_noise):
         x_t = row[:end].clone()
         x_t[masked] = MASK
         log_probability = model(x_t[None], latents=latents).logits[0].log_softmax(-1)
-        reconstruction = reconstruction - weight * sum(log_probability[i, row[i]] for i in revealed)
+        scored, factor = scored_by_hand(config, masked, revealed)
+        reconstruction = reconstruction - weight * factor * sum(log_probability[i, row[i]] for i in scored)
     return reconstruction, kl, kl_of_blocks, means
 
 

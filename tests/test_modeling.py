@@ -15,6 +15,7 @@ from helpers import (
     padded_batch,
     posterior_of_row,
     randomise,
+    scored_by_hand,
     tiny_config,
     tiny_model,
     uniform,
@@ -589,7 +590,8 @@ def slow_loss(model, batch, noise):
         x_t = row.clone()
         x_t[masked] = MASK
         log_probability = model(x_t[None], latents=z[None]).logits[0].log_softmax(-1)
-        reconstruction -= weight * sum(log_probability[position, row[position]] for position in revealed)
+        scored, factor = scored_by_hand(config, masked, revealed)
+        reconstruction -= weight * factor * sum(log_probability[position, row[position]] for position in scored)
         kl_of_row = 0.5 * sum(mean**2 + log_variance.exp() - 1 - log_variance)
         kl_of_rows[-1] = kl_of_row.item()
         kl += kl_of_row * (1 if config.objective == "per_sample" else weight)
@@ -1143,12 +1145,12 @@ def test_the_posterior_of_per_sample_is_the_same_at_every_step():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def cross_entropy_of(model, row, masked, revealed):
-    """Sum of -log p over the revealed positions of one row, in the state with `masked` masked; no latent."""
+def cross_entropy_of(model, row, masked, revealed, latents=None):
+    """Sum of -log p over the revealed positions of one row, in the state with `masked` masked."""
     x_t = row.clone()
     x_t[list(masked)] = MASK
     with torch.no_grad():
-        log_probability = model(x_t[None]).logits[0].log_softmax(-1)
+        log_probability = model(x_t[None], latents=latents).logits[0].log_softmax(-1)
     return -sum(log_probability[position, row[position]].item() for position in revealed)
 
 
@@ -1175,21 +1177,26 @@ def test_the_expected_vmd_loss_weights_mask_sets_by_their_size():
     assert abs(losses.mean().item() - expected) < 4 * error
 
 
+@pytest.mark.parametrize("latent_size", [0, 4])
 @pytest.mark.parametrize("objective", ["per_sample", "per_step"])
 @pytest.mark.parametrize("objective_steps", [[1], [2], [3], [1, 2, 4]])
-def test_the_expected_few_step_loss_is_the_bound(objective, objective_steps):
+def test_the_expected_few_step_loss_is_the_bound(objective, objective_steps, latent_size):
     """Over a grid of times and all six orders of three tokens, the mean is exactly the bound of the sampler."""
-    model, row = (
-        tiny_model(latent_size=0, objective=objective, objective_steps=objective_steps),
-        torch.tensor([4, 7, 1]),
-    )
+    model = tiny_model(latent_size=latent_size, objective=objective, objective_steps=objective_steps)
+    row, latent_noise = torch.tensor([4, 7, 1]), normal(latent_size) if latent_size else None
     orders = list(itertools.permutations(range(3)))
     expected = 0.0
     for num_steps, order in itertools.product(objective_steps, orders):
         row_steps = min(num_steps, 3)
         cuts = [step * 3 // row_steps for step in range(row_steps + 1)]
         for start, end in itertools.pairwise(cuts):
-            expected += cross_entropy_of(model, row, order[start:], order[start:end])
+            masked, revealed, latents = order[start:], order[start:end], None
+            if latent_size:
+                flags = (order, order) if objective == "per_sample" else (masked, revealed)
+                with torch.no_grad():
+                    mean, log_variance = posterior_of_row(model, row, *flags)
+                latents = (mean + (0.5 * log_variance).exp() * latent_noise)[None]
+            expected += cross_entropy_of(model, row, masked, revealed, latents)
     expected /= len(objective_steps) * len(orders) * 3
 
     cells = 6 * len(objective_steps)  # each T has six cells of time, whichever of 1, 2 or 3 steps it takes
@@ -1198,10 +1205,11 @@ def test_the_expected_few_step_loss_is_the_bound(objective, objective_steps):
     for index, order in enumerate(orders):
         ranks[index, list(order)] = torch.tensor([0.1, 0.5, 0.9])
     batch = row.expand(6 * cells, 3)
-    output = model(
-        input_ids=batch, labels=batch, times=times.repeat(6), position_noise=ranks.repeat_interleave(cells, 0)
-    )
-    assert output.loss.item() == pytest.approx(expected, rel=1e-5)
+    noise = {"times": times.repeat(6), "position_noise": ranks.repeat_interleave(cells, 0)}
+    if latent_size:
+        noise["latent_noise"] = latent_noise.expand(len(batch), -1)
+    output = model(input_ids=batch, labels=batch, **noise)
+    assert output.reconstruction_loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

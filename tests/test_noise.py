@@ -11,6 +11,7 @@ from vmd_hf.noise_vmd import (
     hashed_noise,
     most_revealed,
     num_revealed,
+    scored_tokens,
     seeded_noise,
     step_schedule,
     stratified_uniform,
@@ -151,6 +152,29 @@ def test_one_weighted_step_is_unbiased_for_the_sum_over_steps(objective_steps):
     ]
     assert estimate == pytest.approx(sum(totals) / len(totals), rel=1e-5)
     assert plain_estimate == pytest.approx(sum(value), rel=1e-5)  # each token is revealed once
+
+
+@pytest.mark.parametrize("objective_steps", [[1], [2], [1, 2, 4], [3]])
+def test_where_nothing_depends_on_what_is_revealed_the_cost_is_its_mean_over_that(objective_steps):
+    """Over all orders that have led to the same masks."""
+    value = torch.tensor([0.3, 1.7, 2.9, 5.1])
+    orders = torch.tensor(list(permutations(range(4))))
+    times = grid_of_times(objective_steps, 4)
+    noise = orders.argsort(-1).repeat_interleave(len(times), 0) / 4
+    state = corrupt_before_step(
+        torch.ones_like(noise, dtype=torch.bool), times.repeat(len(orders)), noise, objective_steps
+    )
+    is_known = torch.arange(len(noise)) % 3 == 0
+    tokens, factor = scored_tokens(state.masked, state.revealed, is_known)
+    cost = factor * (tokens * value).sum(-1)
+    revealed_cost = (state.revealed * value).sum(-1)
+    assert torch.equal(cost[is_known], revealed_cost[is_known])
+    for masks in state.masked.unique(dim=0):
+        for number in (1, 2, 3, 4):
+            same = (state.masked == masks).all(-1) & (state.revealed.sum(-1) == number)
+            torch.testing.assert_close(
+                cost[same & ~is_known], revealed_cost[same].mean().expand((same & ~is_known).sum())
+            )
 
 
 def test_rows_without_maskable_tokens_have_no_steps():

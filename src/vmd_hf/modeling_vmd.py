@@ -35,6 +35,7 @@ from .noise_vmd import (
     corrupt_at_time,
     corrupt_before_step,
     hashed_noise,
+    scored_tokens,
     seeded_noise,
     stratified_uniform,
 )
@@ -774,6 +775,8 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
     - `objective="per_step"`: the bound of the sampler with a fresh z per step:
       `T_n * (R(A_k) + kl_weight * KL(q(z | x_0, x^(k), A_k) || p))`.
 
+    Where z is not told of A_k (or there is none), R(A_k) is its expectation over A_k, a share of all masked tokens' R.
+
     Everything is summed over the batch and divided by the number of labelled tokens, or by `num_items_in_batch`, as
     the Trainer passes it. With `latent_size > 0`, `exp(loss)` of the `vmd` objective is not a perplexity.
     """
@@ -942,12 +945,14 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         if self.config.block_size is not None:
             clean_hidden_states, context = self.model.read(clean, layout)
             before = last_before_blocks(clean_hidden_states, layout).flatten(0, 1)  # (units, hidden)
-        posterior_mean, kl_elements = None, None
+        posterior_mean, kl_elements, is_known = None, None, torch.zeros_like(maskable[:, 0])
         per_latent = (len(clean),) if self.config.block_size is None else (len(clean), layout.num_blocks)
         if self.latent_encoder is not None:
             prior = () if self.model.latent_prior is None else self.model.latent_prior(before)
             q_mean, q_log_variance = self.encode(clean, layout, maskable, corruption, before, prior)
             has_latent = corruption.revealed.sum(-1, keepdim=True) >= self.config.latent_min_tokens  # (units, 1)
+            if self.config.objective == "per_step":  # else the posterior is not told which tokens are revealed
+                is_known = has_latent.squeeze(-1)
             kl_elements = gaussian_kl(q_mean, q_log_variance, *prior) * has_latent  # (units, latent_size)
             posterior_mean = (q_mean * has_latent).detach().view(*per_latent, -1)
             mean, log_variance, *prior = (part[:, None] for part in (q_mean, q_log_variance, *prior))
@@ -956,11 +961,14 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             latents = latents.view(-1, *per_latent[1:], self.config.latent_size)
 
         x_t = units.masked_fill(corruption.masked, self.config.mask_token_id).view_as(clean)
-        targets, revealed, draws_layout = clean, corruption.revealed.view_as(clean), layout
         num_draws = self.config.objective_draws if self.config.latent_size else 1
+        targets, draws_layout, revealed = clean, layout, corruption.revealed.view_as(clean)
+        scored, share = scored_tokens(corruption.masked, corruption.revealed, is_known)
+        scored = scored.view_as(clean)
         if num_draws > 1:
             rows = torch.arange(len(clean), device=clean.device).repeat_interleave(num_draws)
-            x_t, targets, revealed, draws_layout = x_t[rows], clean[rows], revealed[rows], layout.select(rows)
+            x_t, targets, scored, revealed = x_t[rows], clean[rows], scored[rows], revealed[rows]
+            draws_layout = layout.select(rows)
             context = None if context is None else context.select(rows)
         loop_loss = self.config.loop_loss and self.training
         if loop_loss:
@@ -972,8 +980,8 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         )
         num_items = maskable.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         num_items = num_items.clamp(min=1)
-        weight = corruption.weight / num_items
-        places = revealed.nonzero(as_tuple=True)
+        weight = corruption.weight * share / num_items
+        places = scored.nonzero(as_tuple=True)
         unit = places[0] * layout.num_blocks + places[1] // layout.width
 
         def reconstruct(hidden_states):  # (units, draws)

@@ -21,8 +21,8 @@ class Corruption:
 
     Attributes:
         masked: (batch, length) bool, positions that hold the mask token in `x_t` (M_t).
-        revealed: (batch, length) bool, the masked positions that are predicted and paid for now (A_k); all of
-            `masked` under the `vmd` objective.
+        revealed: (batch, length) bool, the masked positions that are revealed now (A_k); all of `masked` under the
+            `vmd` objective.
         weight: (batch,) float, factor of the row's reconstruction term: `1 / t`, or the number of steps.
     """
 
@@ -83,6 +83,25 @@ def corrupt_before_step(
     after = num_revealed(step, num_maskable, row_steps)[:, None]
     masked = maskable & (rank >= before)
     return Corruption(masked=masked, revealed=masked & (rank < after), weight=row_steps.to(times.dtype))
+
+
+def scored_tokens(
+    masked: torch.Tensor, revealed: torch.Tensor, is_known: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of a step whose cross-entropies are added up, and the factor of their sum.
+
+    Where nothing that predicts them depends on A_k, the tokens revealed may be any of those masked, all alike, and
+    the expectation of their cross-entropy over A_k is that of M_t times |A_k| / |M_t|: less noise from the same pass.
+
+    Args:
+        masked, revealed: (..., length) bool, M_t and A_k, as in [`Corruption`].
+        is_known: (...) bool, whether a latent depends on A_k.
+
+    Returns:
+        (..., length) bool, and (...) float32, 1 where A_k is known.
+    """
+    share = revealed.sum(-1) / masked.sum(-1).clamp(min=1)
+    return torch.where(is_known[..., None], revealed, masked), share.masked_fill(is_known, 1)
 
 
 def stratified_uniform(batch_size: int, device: torch.device) -> torch.Tensor:
@@ -167,6 +186,7 @@ __all__ = [
     "hashed_noise",
     "most_revealed",
     "num_revealed",
+    "scored_tokens",
     "seeded_noise",
     "step_schedule",
     "stratified_uniform",
