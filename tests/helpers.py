@@ -78,8 +78,8 @@ def posterior_of_row(
 
 
 def scored_by_hand(config: VMDConfig, masked: list[int], revealed: list[int]) -> tuple[list[int], float]:
-    """The tokens whose cross-entropies a step adds up, and the factor of their sum: its expectation over the tokens
-    that it reveals, unless a latent was told of them."""
+    """The tokens whose cross-entropies a step adds up, and the share of their sum that counts: its expectation over
+    the tokens that it reveals, unless a latent was told of them."""
     if config.objective == "per_step" and config.latent_size and len(revealed) >= config.latent_min_tokens:
         return revealed, 1.0
     return masked, len(revealed) / len(masked)

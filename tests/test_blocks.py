@@ -486,8 +486,10 @@ def slow_row(model, row, labels, times, position_noise, latent_noise):
         masked, revealed, weight = state_by_hand(config, maskable, times[block].item(), position_noise.tolist())
         if not revealed:
             continue
-        latents = None
-        if config.latent_size:
+        latents, denoiser = None, model
+        if config.latent_size and len(revealed) < config.latent_min_tokens:
+            denoiser = of_the_same_weights(model, latent_size=0)
+        elif config.latent_size:
             # The posterior of `per_sample` has to serve all steps: everything is masked.
             flags = (maskable, maskable) if config.objective == "per_sample" else (masked, revealed)
             mean, log_variance = posterior_of_block(model, row, start, end, *flags, clean_hidden_states)
@@ -501,9 +503,9 @@ def slow_row(model, row, labels, times, position_noise, latent_noise):
             kl = kl + kl_of_blocks[-1] * (1 if config.objective == "per_sample" else weight)
         x_t = row[:end].clone()
         x_t[masked] = MASK
-        log_probability = model(x_t[None], latents=latents).logits[0].log_softmax(-1)
-        scored, factor = scored_by_hand(config, masked, revealed)
-        reconstruction = reconstruction - weight * factor * sum(log_probability[i, row[i]] for i in scored)
+        log_probability = denoiser(x_t[None], latents=latents).logits[0].log_softmax(-1)
+        scored, share = scored_by_hand(config, masked, revealed)
+        reconstruction = reconstruction - weight * share * sum(log_probability[i, row[i]] for i in scored)
     return reconstruction, kl, kl_of_blocks, means
 
 
@@ -812,6 +814,12 @@ def test_the_loss_is_the_loop_over_rows_and_blocks_and_tokens(objective, block_s
         assert_loss_is_the_loop(model, loss_batch(), block_noise(5, 7, -(-7 // block_size), seed))
 
 
+def test_the_loss_with_null_latents_beside_others_is_the_loop():
+    """Some blocks of a batch reveal enough tokens for a latent, some do not."""
+    model = tiny_model(block_size=3, objective="per_step", objective_steps=[1, 2, 3], latent_min_tokens=2)
+    assert_loss_is_the_loop(model, loss_batch(), block_noise(5, 7, 3))
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("position", list(POSITIONS))
 def test_the_loss_is_the_loop_for_all_positions_and_attention_implementations(position, implementation):
@@ -866,8 +874,10 @@ def test_the_gradient_is_that_of_the_loop(objective, prior):
     assert_gradients_close(actual, expected)
 
 
-def test_without_a_latent_the_loss_is_the_reconstruction():
-    model, batch = tiny_model(block_size=3, latent_size=0), loss_batch()
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_without_a_latent_the_loss_is_the_reconstruction(objective):
+    model = tiny_model(block_size=3, latent_size=0, objective=objective, objective_steps=[2, 1, 3])
+    batch = loss_batch()
     noise = block_noise(5, 7, 3, latent_size=0)
     with torch.no_grad():
         expected, *_ = slow_loss(model, **batch, **noise)
@@ -1533,6 +1543,7 @@ FEWEST = {"block_size": 4, "objective": "per_step", "objective_steps": [1, 2, 4]
 def test_steps_that_reveal_few_tokens_are_those_of_a_model_without_a_latent(settings):
     every = tiny_model(**FEWEST, **settings)
     large = of_the_same_weights(every, latent_min_tokens=3)
+    several = of_the_same_weights(large, objective_draws=3)
     plain = {"prior": "standard", "latent_position_inputs": False, "latent_per_position": False}
     mdm = of_the_same_weights(every, latent_size=0, **plain)
     ids, masks = digits(6, 8), torch.full((6, 8), MASK)
@@ -1555,6 +1566,9 @@ def test_steps_that_reveal_few_tokens_are_those_of_a_model_without_a_latent(sett
             assert torch.equal(*texts)
         else:
             torch.testing.assert_close(losses[1].loss, losses[2].loss)
+            several.config.objective_steps = [steps]
+            of_draws = several(input_ids=ids, labels=ids, noise_seeds=torch.arange(6)).loss
+            torch.testing.assert_close(of_draws, losses[2].loss)
             assert losses[1].kl == 0 and (losses[1].kl_per_latent == 0).all()
             torch.testing.assert_close(bounds[0].nelbo, bounds[1].nelbo)
             assert (bounds[0].kl == 0).all() and (bounds[2].kl > 0.01).all()

@@ -590,8 +590,8 @@ def slow_loss(model, batch, noise):
         x_t = row.clone()
         x_t[masked] = MASK
         log_probability = model(x_t[None], latents=z[None]).logits[0].log_softmax(-1)
-        scored, factor = scored_by_hand(config, masked, revealed)
-        reconstruction -= weight * factor * sum(log_probability[position, row[position]] for position in scored)
+        scored, share = scored_by_hand(config, masked, revealed)
+        reconstruction -= weight * share * sum(log_probability[position, row[position]] for position in scored)
         kl_of_row = 0.5 * sum(mean**2 + log_variance.exp() - 1 - log_variance)
         kl_of_rows[-1] = kl_of_row.item()
         kl += kl_of_row * (1 if config.objective == "per_sample" else weight)
@@ -698,13 +698,16 @@ def test_several_draws_are_weighted_under_the_logarithm_of_each_latent(objective
     torch.testing.assert_close(output.loss, total / 18, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"block_size": 3, "latent_size": 0}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"objective": "per_sample", "objective_steps": [2]}, {"block_size": 3, "latent_size": 0}]
+)
 def test_with_a_loop_loss_earlier_loops_pay_as_models_of_so_many_loops(settings):
     """(With blocks and a latent z would differ: the posterior reads what all loops made of the clean context.)"""
     model = tiny_model(**settings, kl_weight=0.3, num_loops=3, loop_loss=True).train()
     input_ids = digits(2, 6)
-    noise = {"times": uniform(2, 2) if settings else uniform(2), "position_noise": uniform(2, 6)}
-    if not settings:
+    blocks = "block_size" in settings
+    noise = {"times": uniform(2, 2) if blocks else uniform(2), "position_noise": uniform(2, 6)}
+    if not blocks:
         noise["latent_noise"] = normal(2, 4)
     batch = {"input_ids": input_ids, "labels": input_ids} | noise
     trained = model(**batch)
@@ -1177,25 +1180,30 @@ def test_the_expected_vmd_loss_weights_mask_sets_by_their_size():
     assert abs(losses.mean().item() - expected) < 4 * error
 
 
-@pytest.mark.parametrize("latent_size", [0, 4])
-@pytest.mark.parametrize("objective", ["per_sample", "per_step"])
+@pytest.mark.parametrize(
+    "latent", [{"latent_size": 0}, {}, {"objective": "per_step"}, {"objective": "per_step", "latent_min_tokens": 2}]
+)
 @pytest.mark.parametrize("objective_steps", [[1], [2], [3], [1, 2, 4]])
-def test_the_expected_few_step_loss_is_the_bound(objective, objective_steps, latent_size):
+def test_the_expected_few_step_loss_is_the_bound(objective_steps, latent):
     """Over a grid of times and all six orders of three tokens, the mean is exactly the bound of the sampler."""
-    model = tiny_model(latent_size=latent_size, objective=objective, objective_steps=objective_steps)
-    row, latent_noise = torch.tensor([4, 7, 1]), normal(latent_size) if latent_size else None
+    model = tiny_model(**{"objective": "per_sample", "objective_steps": objective_steps} | latent)
+    mdm = tiny_model(latent_size=0)
+    mdm.load_state_dict(model.state_dict(), strict=False)
+    config, row, latent_noise = model.config, torch.tensor([4, 7, 1]), normal(4)
     orders = list(itertools.permutations(range(3)))
     expected = 0.0
     for num_steps, order in itertools.product(objective_steps, orders):
         row_steps = min(num_steps, 3)
         cuts = [step * 3 // row_steps for step in range(row_steps + 1)]
         for start, end in itertools.pairwise(cuts):
-            masked, revealed, latents = order[start:], order[start:end], None
-            if latent_size:
-                flags = (order, order) if objective == "per_sample" else (masked, revealed)
-                with torch.no_grad():
-                    mean, log_variance = posterior_of_row(model, row, *flags)
-                latents = (mean + (0.5 * log_variance).exp() * latent_noise)[None]
+            masked, revealed = order[start:], order[start:end]
+            if config.latent_size == 0 or len(revealed) < config.latent_min_tokens:
+                expected += cross_entropy_of(mdm, row, masked, revealed)
+                continue
+            flags = (order, order) if config.objective == "per_sample" else (masked, revealed)
+            with torch.no_grad():
+                mean, log_variance = posterior_of_row(model, row, *flags)
+            latents = (mean + (0.5 * log_variance).exp() * latent_noise)[None]
             expected += cross_entropy_of(model, row, masked, revealed, latents)
     expected /= len(objective_steps) * len(orders) * 3
 
@@ -1206,7 +1214,7 @@ def test_the_expected_few_step_loss_is_the_bound(objective, objective_steps, lat
         ranks[index, list(order)] = torch.tensor([0.1, 0.5, 0.9])
     batch = row.expand(6 * cells, 3)
     noise = {"times": times.repeat(6), "position_noise": ranks.repeat_interleave(cells, 0)}
-    if latent_size:
+    if config.latent_size:
         noise["latent_noise"] = latent_noise.expand(len(batch), -1)
     output = model(input_ids=batch, labels=batch, **noise)
     assert output.reconstruction_loss.item() == pytest.approx(expected, rel=1e-5)

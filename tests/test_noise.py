@@ -160,20 +160,20 @@ def test_where_nothing_depends_on_what_is_revealed_the_cost_is_its_mean_over_tha
     value = torch.tensor([0.3, 1.7, 2.9, 5.1])
     orders = torch.tensor(list(permutations(range(4))))
     times = grid_of_times(objective_steps, 4)
-    noise = orders.argsort(-1).repeat_interleave(len(times), 0) / 4
+    noise = orders.repeat_interleave(len(times), 0) / 4
     state = corrupt_before_step(
         torch.ones_like(noise, dtype=torch.bool), times.repeat(len(orders)), noise, objective_steps
     )
-    is_known = torch.arange(len(noise)) % 3 == 0
-    tokens, factor = scored_tokens(state.masked, state.revealed, is_known)
-    cost = factor * (tokens * value).sum(-1)
+    is_told = torch.arange(len(noise)) % 3 == 0
+    tokens, share = scored_tokens(state.masked, state.revealed, is_told)
+    cost = share * (tokens * value).sum(-1)
     revealed_cost = (state.revealed * value).sum(-1)
-    assert torch.equal(cost[is_known], revealed_cost[is_known])
+    assert torch.equal(cost[is_told], revealed_cost[is_told])
     for masks in state.masked.unique(dim=0):
         for number in (1, 2, 3, 4):
             same = (state.masked == masks).all(-1) & (state.revealed.sum(-1) == number)
             torch.testing.assert_close(
-                cost[same & ~is_known], revealed_cost[same].mean().expand((same & ~is_known).sum())
+                cost[same & ~is_told], revealed_cost[same].mean().expand((same & ~is_told).sum())
             )
 
 

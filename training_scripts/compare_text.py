@@ -74,7 +74,7 @@ BLOCKS_OF_4 = {"block_size": 4, **PER_STEP, **FIRST_STAGE, "max_steps": 1900}
 BLOCKS_OF_8 = {"block_size": 8, **PER_STEP_OF_8, **FIRST_STAGE, "max_steps": 1850}
 WHOLE_ROWS = {"objective": "vmd", **FIRST_STAGE, "max_steps": 4400}
 # How each row changes the recipe, in stages that start from one another. The numbers of updates make the training
-# times about equal, ten minutes on two CPU cores.
+# times about equal, ten to thirteen minutes on two CPU cores.
 ROWS: dict[str, list[dict[str, Any]]] = {
     "autoregressive": [{"block_size": 1, "objective": "per_sample", "objective_steps": [1], "max_steps": 3700}],
     "mdm": [WHOLE_ROWS, {"objective": "vmd", "max_steps": 4400}],

@@ -901,7 +901,8 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
                 objectives a number in [0, 1) that picks the number of steps and the step. Default: drawn stratified
                 over the batch in training mode, a hash of the row in evaluation mode; so are the two next.
             position_noise: (batch, length) float. A token is masked where it is below t; under the few-step
-                objectives it ranks the order of revealing. To give a mask itself: 0 where masked, 1 elsewhere.
+                objectives it ranks the order of revealing (the loss depends on the masks alone where no latent is told
+                what is revealed). To give a mask itself: 0 where masked, 1 elsewhere.
             latent_noise: (batch, latent_size), with blocks (batch, blocks, latent_size), float, standard normal:
                 z = mean + std * latent_noise. With several `objective_draws` they are the dimension before the last.
             noise_seeds: (batch,) int64. What is not given of the three is a function of the row's seed and of nothing
@@ -945,14 +946,14 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         if self.config.block_size is not None:
             clean_hidden_states, context = self.model.read(clean, layout)
             before = last_before_blocks(clean_hidden_states, layout).flatten(0, 1)  # (units, hidden)
-        posterior_mean, kl_elements, is_known = None, None, torch.zeros_like(maskable[:, 0])
+        posterior_mean, kl_elements, is_told = None, None, maskable.new_zeros(len(maskable))
         per_latent = (len(clean),) if self.config.block_size is None else (len(clean), layout.num_blocks)
         if self.latent_encoder is not None:
             prior = () if self.model.latent_prior is None else self.model.latent_prior(before)
             q_mean, q_log_variance = self.encode(clean, layout, maskable, corruption, before, prior)
             has_latent = corruption.revealed.sum(-1, keepdim=True) >= self.config.latent_min_tokens  # (units, 1)
-            if self.config.objective == "per_step":  # else the posterior is not told which tokens are revealed
-                is_known = has_latent.squeeze(-1)
+            if self.config.objective == "per_step":  # under vmd A_k is M_t, under per_sample z is not told of it
+                is_told = has_latent.squeeze(-1)
             kl_elements = gaussian_kl(q_mean, q_log_variance, *prior) * has_latent  # (units, latent_size)
             posterior_mean = (q_mean * has_latent).detach().view(*per_latent, -1)
             mean, log_variance, *prior = (part[:, None] for part in (q_mean, q_log_variance, *prior))
@@ -963,7 +964,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         x_t = units.masked_fill(corruption.masked, self.config.mask_token_id).view_as(clean)
         num_draws = self.config.objective_draws if self.config.latent_size else 1
         targets, draws_layout, revealed = clean, layout, corruption.revealed.view_as(clean)
-        scored, share = scored_tokens(corruption.masked, corruption.revealed, is_known)
+        scored, share = scored_tokens(corruption.masked, corruption.revealed, is_told)
         scored = scored.view_as(clean)
         if num_draws > 1:
             rows = torch.arange(len(clean), device=clean.device).repeat_interleave(num_draws)

@@ -23,7 +23,8 @@ class Corruption:
         masked: (batch, length) bool, positions that hold the mask token in `x_t` (M_t).
         revealed: (batch, length) bool, the masked positions that are revealed now (A_k); all of `masked` under the
             `vmd` objective.
-        weight: (batch,) float, factor of the row's reconstruction term: `1 / t`, or the number of steps.
+        weight: (batch,) float, factor of the reconstruction term, beside the share of [`scored_tokens`]: `1 / t`,
+            or the number of steps.
     """
 
     masked: torch.Tensor
@@ -86,22 +87,23 @@ def corrupt_before_step(
 
 
 def scored_tokens(
-    masked: torch.Tensor, revealed: torch.Tensor, is_known: torch.Tensor
+    masked: torch.Tensor, revealed: torch.Tensor, is_told: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens of a step whose cross-entropies are added up, and the factor of their sum.
+    """The tokens of a step whose cross-entropies are added up, and the share of their sum that counts.
 
     Where nothing that predicts them depends on A_k, the tokens revealed may be any of those masked, all alike, and
-    the expectation of their cross-entropy over A_k is that of M_t times |A_k| / |M_t|: less noise from the same pass.
+    the expectation of their cross-entropy over A_k is that of M_t times |A_k| / |M_t|: less noise from the same pass
+    of the denoiser, for more logits.
 
     Args:
         masked, revealed: (..., length) bool, M_t and A_k, as in [`Corruption`].
-        is_known: (...) bool, whether a latent depends on A_k.
+        is_told: (...) bool, whether a latent depends on A_k. Where A_k is all of M_t it does not matter.
 
     Returns:
-        (..., length) bool, and (...) float32, 1 where A_k is known.
+        (..., length) bool, and (...) float, 1 where A_k is told.
     """
     share = revealed.sum(-1) / masked.sum(-1).clamp(min=1)
-    return torch.where(is_known[..., None], revealed, masked), share.masked_fill(is_known, 1)
+    return torch.where(is_told[..., None], revealed, masked), share.masked_fill(is_told, 1)
 
 
 def stratified_uniform(batch_size: int, device: torch.device) -> torch.Tensor:
