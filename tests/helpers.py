@@ -1,5 +1,7 @@
 """What several test files need: small models with weights that make every path visible."""
 
+import copy
+
 import pytest
 import torch
 from transformers import StoppingCriteria
@@ -42,6 +44,15 @@ def randomise(model: torch.nn.Module, std: float = 0.3, seed: int = 0) -> torch.
 def tiny_model(**overrides) -> VMDForMaskedDiffusion:
     """A model in evaluation mode with weights of standard deviation 0.3."""
     return randomise(VMDForMaskedDiffusion(tiny_config(**overrides))).eval()
+
+
+def of_the_same_weights(model, **changes):
+    config = copy.deepcopy(model.config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    other = VMDForMaskedDiffusion(config).eval()
+    assert not other.load_state_dict(model.state_dict(), strict=False).missing_keys
+    return other
 
 
 def digits(batch_size: int, length: int, seed: int = 0) -> torch.Tensor:

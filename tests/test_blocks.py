@@ -12,6 +12,7 @@ from helpers import (
     digits,
     implementations_beside_eager,
     normal,
+    of_the_same_weights,
     pad_row,
     padded_batch,
     randomise,
@@ -694,15 +695,6 @@ def test_hidden_states_may_be_selected_by_their_index():
 # ---------------------------------------------------------------------------------------------------------------------
 # Models that one with blocks contains
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def of_the_same_weights(model, **changes):
-    config = copy.deepcopy(model.config)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    other = VMDForMaskedDiffusion(config).eval()
-    assert not other.load_state_dict(model.state_dict(), strict=False).missing_keys
-    return other
 
 
 def without_blocks(model):

@@ -11,6 +11,7 @@ from helpers import (
     digits,
     implementations_beside_eager,
     normal,
+    of_the_same_weights,
     pad_row,
     padded_batch,
     posterior_of_row,
@@ -1187,8 +1188,7 @@ def test_the_expected_vmd_loss_weights_mask_sets_by_their_size():
 def test_the_expected_few_step_loss_is_the_bound(objective_steps, latent):
     """Over a grid of times and all six orders of three tokens, the mean is exactly the bound of the sampler."""
     model = tiny_model(**{"objective": "per_sample", "objective_steps": objective_steps} | latent)
-    mdm = tiny_model(latent_size=0)
-    mdm.load_state_dict(model.state_dict(), strict=False)
+    mdm = of_the_same_weights(model, latent_size=0)
     config, row, latent_noise = model.config, torch.tensor([4, 7, 1]), normal(4)
     orders = list(itertools.permutations(range(3)))
     expected = 0.0

@@ -947,11 +947,12 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             clean_hidden_states, context = self.model.read(clean, layout)
             before = last_before_blocks(clean_hidden_states, layout).flatten(0, 1)  # (units, hidden)
         posterior_mean, kl_elements, is_told = None, None, maskable.new_zeros(len(maskable))
+        num_revealed = corruption.revealed.sum(-1)  # (units,)
         per_latent = (len(clean),) if self.config.block_size is None else (len(clean), layout.num_blocks)
         if self.latent_encoder is not None:
             prior = () if self.model.latent_prior is None else self.model.latent_prior(before)
             q_mean, q_log_variance = self.encode(clean, layout, maskable, corruption, before, prior)
-            has_latent = corruption.revealed.sum(-1, keepdim=True) >= self.config.latent_min_tokens  # (units, 1)
+            has_latent = num_revealed[:, None] >= self.config.latent_min_tokens  # (units, 1)
             if self.config.objective == "per_step":  # under vmd A_k is M_t, under per_sample z is not told of it
                 is_told = has_latent.squeeze(-1)
             kl_elements = gaussian_kl(q_mean, q_log_variance, *prior) * has_latent  # (units, latent_size)
@@ -963,19 +964,19 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
 
         x_t = units.masked_fill(corruption.masked, self.config.mask_token_id).view_as(clean)
         num_draws = self.config.objective_draws if self.config.latent_size else 1
-        targets, draws_layout, revealed = clean, layout, corruption.revealed.view_as(clean)
+        targets, draws_layout, num_revealed = clean, layout, num_revealed.view(len(clean), -1)
         scored, share = scored_tokens(corruption.masked, corruption.revealed, is_told)
         scored = scored.view_as(clean)
         if num_draws > 1:
             rows = torch.arange(len(clean), device=clean.device).repeat_interleave(num_draws)
-            x_t, targets, scored, revealed = x_t[rows], clean[rows], scored[rows], revealed[rows]
+            x_t, targets, scored, num_revealed = x_t[rows], clean[rows], scored[rows], num_revealed[rows]
             draws_layout = layout.select(rows)
             context = None if context is None else context.select(rows)
         loop_loss = self.config.loop_loss and self.training
         if loop_loss:
             kwargs["output_hidden_states"] = True
         modulation = self.model.modulation_by(latents, draws_layout, len(x_t))
-        modulation = self.model.for_steps(modulation, revealed.unflatten(1, (-1, layout.width)).sum(-1))
+        modulation = self.model.for_steps(modulation, num_revealed)
         outputs = self.model(
             x_t, modulation=modulation, layout=draws_layout, context=context, return_dict=True, **kwargs
         )
