@@ -471,17 +471,17 @@ def slow_row(model, row, labels, times, position_noise, latent_noise):
     Each block is denoised by the plain forward pass over the clean earlier blocks and its own x_t, with nothing after.
 
     Returns:
-        Summed reconstruction and KL terms, and lists of the KL and of the posterior mean of each block.
+        Summed reconstruction and KL terms, and lists of the KL and of the posterior's shift of each block.
     """
     config = model.config
-    reconstruction, kl, kl_of_blocks, means = torch.zeros(()), torch.zeros(()), [], []
+    reconstruction, kl, kl_of_blocks, shifts = torch.zeros(()), torch.zeros(()), [], []
     no_latents = torch.zeros(-(-len(row) // config.block_size), config.latent_size)
     clean_hidden_states, _ = dense_two_streams(model, row, row, no_latents)
     for block, start in enumerate(range(0, len(row), config.block_size)):
         end = min(start + config.block_size, len(row))
         maskable = [position for position in range(start, end) if labels[position] != -100]
         kl_of_blocks.append(torch.zeros(()))
-        means.append(torch.zeros(config.latent_size))
+        shifts.append(torch.zeros(config.latent_size))
         if not maskable:
             continue
         masked, revealed, weight = state_by_hand(config, maskable, times[block].item(), position_noise.tolist())
@@ -496,10 +496,10 @@ def slow_row(model, row, labels, times, position_noise, latent_noise):
             mean, log_variance = posterior_of_block(model, row, start, end, *flags, clean_hidden_states)
             latents = 3 * torch.ones(1, block + 1, config.latent_size)  # those of earlier blocks play no part
             latents[0, block] = mean + log_variance.exp().sqrt() * latent_noise[block]
-            means[-1] = mean
             prior_mean, prior_log_variance = prior_of_block(model, start, clean_hidden_states)
             posterior = Normal(mean, log_variance.exp().sqrt())
             prior = Normal(prior_mean, prior_log_variance.exp().sqrt())
+            shifts[-1] = (posterior.mean - prior.mean) / prior.stddev
             kl_of_blocks[-1] = kl_divergence(posterior, prior).sum()
             kl = kl + kl_of_blocks[-1] * (1 if config.objective == "per_sample" else weight)
         x_t = row[:end].clone()
@@ -507,22 +507,22 @@ def slow_row(model, row, labels, times, position_noise, latent_noise):
         log_probability = denoiser(x_t[None], latents=latents).logits[0].log_softmax(-1)
         scored, share = scored_by_hand(config, masked, revealed)
         reconstruction = reconstruction - weight * share * sum(log_probability[i, row[i]] for i in scored)
-    return reconstruction, kl, kl_of_blocks, means
+    return reconstruction, kl, kl_of_blocks, shifts
 
 
 def slow_loss(model, input_ids, attention_mask, labels, times, position_noise, latent_noise):
-    """Reconstruction and KL over the number of labels, KL (batch, blocks), means (batch, blocks, latent_size)."""
+    """Reconstruction and KL over the number of labels, KL (batch, blocks), shifts (batch, blocks, latent_size)."""
     totals = torch.zeros(2)
     kl_per_latent = torch.zeros(times.shape)
-    means = torch.zeros(*times.shape, model.config.latent_size)
+    shifts = torch.zeros(*times.shape, model.config.latent_size)
     for index in range(len(input_ids)):
         keep = attention_mask[index].nonzero().flatten()
         noise = times[index], position_noise[index, keep], latent_noise[index]
-        *terms, kl, mean = slow_row(model, input_ids[index, keep], labels[index, keep], *noise)
+        *terms, kl, shift = slow_row(model, input_ids[index, keep], labels[index, keep], *noise)
         totals = totals + torch.stack(terms)
         kl_per_latent[index, : len(kl)] = torch.stack(kl)
-        means[index, : len(kl)] = torch.stack(mean)
-    return *(totals / (labels != -100).sum()), kl_per_latent, means
+        shifts[index, : len(kl)] = torch.stack(shift)
+    return *(totals / (labels != -100).sum()), kl_per_latent, shifts
 
 
 def loss_batch(batch_size=5, length=7):
@@ -719,7 +719,7 @@ def test_one_block_is_the_whole_sequence(objective, block_size):
         for name in SCALARS:
             torch.testing.assert_close(first[name], second[name])
         torch.testing.assert_close(first.kl_per_latent, second.kl_per_latent[:, None])
-        torch.testing.assert_close(first.posterior_mean, second.posterior_mean[:, None])
+        torch.testing.assert_close(first.posterior_shift, second.posterior_shift[:, None])
 
     real, x_t, z = batch["attention_mask"].bool(), some_masked(batch["input_ids"]), normal(5, 4)
     for mask in (batch["attention_mask"], None):
@@ -785,14 +785,14 @@ def test_the_probabilities_of_all_texts_of_an_autoregressive_model_sum_to_one():
 def assert_loss_is_the_loop(model, batch, noise, **tolerance):
     with torch.no_grad():
         output = model(**batch, **noise)
-        reconstruction, kl, kl_per_latent, means = slow_loss(model, **batch, **noise)
+        reconstruction, kl, kl_per_latent, shifts = slow_loss(model, **batch, **noise)
     tolerance = tolerance or CLOSE
     assert reconstruction > 0 and kl > 0
     torch.testing.assert_close(output.reconstruction_loss, reconstruction, **tolerance)
     torch.testing.assert_close(output.kl, kl, **tolerance)
     torch.testing.assert_close(output.loss, reconstruction + model.config.kl_weight * kl, **tolerance)
     torch.testing.assert_close(output.kl_per_latent, kl_per_latent, **tolerance)
-    torch.testing.assert_close(output.posterior_mean, means, **tolerance)
+    torch.testing.assert_close(output.posterior_shift, shifts, **tolerance)
     assert output.logits is None
 
 
@@ -877,7 +877,7 @@ def test_without_a_latent_the_loss_is_the_reconstruction(objective):
     output = model(**batch, **noise)
     torch.testing.assert_close(output.loss, expected)
     assert torch.equal(output.loss, output.reconstruction_loss)
-    assert output.kl == 0 and output.kl_per_latent is None and output.posterior_mean is None
+    assert output.kl == 0 and output.kl_per_latent is None and output.posterior_shift is None
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -904,13 +904,13 @@ def test_a_block_is_trained_without_sight_of_what_follows_and_with_sight_of_what
     noise["position_noise"][0, 2] = 0.0  # something is masked in the block in the middle
     labels = torch.full_like(input_ids, -100)
     labels[:, 2:4] = input_ids[:, 2:4]
-    loss, posterior = (model(input_ids=input_ids, labels=labels, **noise)[name] for name in ("loss", "posterior_mean"))
+    loss, posterior = (model(input_ids=input_ids, labels=labels, **noise)[name] for name in ("loss", "posterior_shift"))
     for column, seen in ((0, True), (1, True), (4, False), (5, False)):
         other = input_ids.clone()
         other[0, column] = (other[0, column] + 3) % 10
         output = model(input_ids=other, labels=labels, **noise)
         assert ((output.loss - loss).abs() > 1e-4) == seen
-        assert ((output.posterior_mean[0, 1] - posterior[0, 1]).abs().max() > 1e-4) == seen
+        assert ((output.posterior_shift[0, 1] - posterior[0, 1]).abs().max() > 1e-4) == seen
 
 
 def test_the_kl_weight_warms_up_and_free_bits_are_a_floor_for_each_block_and_dimension():
@@ -987,7 +987,7 @@ def test_padding_on_either_side_leaves_the_loss_of_a_row_alone(objective, positi
         assert alone.loss > 0
         for name in SCALARS:
             torch.testing.assert_close(padded[name], alone[name], **CLOSE)
-        for name in ("kl_per_latent", "posterior_mean"):
+        for name in ("kl_per_latent", "posterior_shift"):
             torch.testing.assert_close(padded[name][:, :3], alone[name], **CLOSE)
             assert padded[name][:, 3:].eq(0).all()
 
@@ -1106,8 +1106,8 @@ def test_a_packed_document_that_starts_later_has_the_posterior_of_a_row_of_its_o
     packed = model(input_ids=input_ids, position_ids=position_ids, labels=input_ids, **noise)
     noise = {name: value[:, 5:] if name == "position_noise" else value[:, 2:] for name, value in noise.items()}
     expected = model(input_ids=ids, position_ids=own_positions, labels=ids, **noise)
-    assert expected.posterior_mean.ne(0).any(-1).all()
-    torch.testing.assert_close(packed.posterior_mean[:, 2:], expected.posterior_mean, **CLOSE)
+    assert expected.posterior_shift.ne(0).any(-1).all()
+    torch.testing.assert_close(packed.posterior_shift[:, 2:], expected.posterior_shift, **CLOSE)
 
 
 def test_documents_of_a_packed_row_see_nothing_of_one_another():
@@ -1128,7 +1128,7 @@ def test_evaluation_depends_on_nothing_but_the_row(objective):
     first = model(input_ids=input_ids, labels=input_ids)
     torch.manual_seed(99)
     second = model(input_ids=input_ids, labels=input_ids)
-    for name in (*SCALARS, "kl_per_latent", "posterior_mean"):
+    for name in (*SCALARS, "kl_per_latent", "posterior_shift"):
         assert torch.equal(first[name], second[name])
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     shuffled = model(input_ids=input_ids[order], labels=input_ids[order])
@@ -1207,7 +1207,7 @@ def test_a_block_of_context_costs_nothing(objective, training):
     noise["position_noise"] *= noise["times"].min()  # everything else is masked
     output = model(input_ids=input_ids, labels=labels, **noise)
     assert output.kl_per_latent.ne(0).tolist() == [[True, False, True]] * 2
-    assert output.posterior_mean.ne(0).any(-1).tolist() == [[True, False, True]] * 2
+    assert output.posterior_shift.ne(0).any(-1).tolist() == [[True, False, True]] * 2
     gradients = gradients_of(model, output.loss)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
     for name, value in noise.items():  # its noise plays no part
@@ -1346,9 +1346,9 @@ def test_what_belongs_to_a_latent_has_one_entry_for_each_block(length, num_block
     input_ids = digits(3, length)
     output = tiny_model(block_size=4)(input_ids=input_ids, labels=input_ids)
     assert output.kl_per_latent.shape == (3, num_blocks)
-    assert output.posterior_mean.shape == (3, num_blocks, 4)
+    assert output.posterior_shift.shape == (3, num_blocks, 4)
     assert output.loss.shape == output.reconstruction_loss.shape == output.kl.shape == ()
-    for name in (*SCALARS[1:], "kl_per_latent", "posterior_mean"):
+    for name in (*SCALARS[1:], "kl_per_latent", "posterior_shift"):
         assert not output[name].requires_grad
 
 
@@ -1419,7 +1419,7 @@ def test_the_plain_trainer_trains_and_logs(objective, tmp_path):
         direct = trainer.model.eval()(input_ids=ids, labels=ids)
     for name in SCALARS:
         assert metrics[f"eval_{name}"] == pytest.approx(direct[name].item(), rel=1e-4, abs=1e-6)
-    variance = direct.posterior_mean.flatten(0, 1).var(0, correction=0)
+    variance = direct.posterior_shift.flatten(0, 1).var(0, correction=0)
     assert metrics["eval_active_units"] == int((variance > 0.01).sum())
     assert metrics["eval_kl_per_latent"] == pytest.approx(direct.kl_per_latent.mean().item(), rel=1e-4, abs=1e-6)
 

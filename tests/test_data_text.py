@@ -17,6 +17,7 @@ from vmd_hf.data.text import (
     character_tokenizer,
     clean_text8,
     encode_characters,
+    evenly_spaced,
     load_documents,
     text_datasets,
     text_stream,
@@ -230,6 +231,15 @@ def test_text_datasets_by_hand(folder):
         "validation": ["ab on"],
         "test": ["ab on"],
     }
+
+
+def test_evenly_spaced_rows_come_from_all_documents():
+    rows = datasets.Dataset.from_dict({"document": [0] * 5 + [1] * 5 + [2] * 2})
+    assert evenly_spaced(rows, 4)["document"] == [0, 0, 1, 1]
+    assert evenly_spaced(rows, 6)["document"] == [0, 0, 0, 1, 1, 2]
+    assert evenly_spaced(rows, 20)["document"] == rows["document"]
+    with pytest.raises(ValueError, match="`num_rows` must be at least 1, got 0"):
+        evenly_spaced(rows, 0)
 
 
 def test_text_datasets_without_cleaning(folder):

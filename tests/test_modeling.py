@@ -210,7 +210,7 @@ def test_padding_on_either_side_leaves_the_loss_of_a_row_alone(position, objecti
             attention_mask=pad_row(torch.ones_like(row[0]), 9, side, 0),
             labels=pad_row(labels[0], 9, side, -100),
         )
-        for name in ("loss", "reconstruction_loss", "kl", "kl_per_latent", "posterior_mean"):
+        for name in ("loss", "reconstruction_loss", "kl", "kl_per_latent", "posterior_shift"):
             torch.testing.assert_close(padded[name], alone[name], rtol=1e-5, atol=1e-5)
 
 
@@ -636,7 +636,7 @@ def test_without_a_latent_the_loss_is_the_reconstruction(objective):
     output = tiny_model(latent_size=0, objective=objective)(**batch, **noise)
     assert torch.equal(output.loss, output.reconstruction_loss)
     assert output.kl == 0
-    assert output.kl_per_latent is None and output.posterior_mean is None
+    assert output.kl_per_latent is None and output.posterior_shift is None
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -844,7 +844,7 @@ def test_a_batch_of_context_costs_nothing(objective, training, free_bits):
     for name in ("loss", "reconstruction_loss", "kl"):
         assert output[name] == 0
     assert output.kl_per_latent.tolist() == [0, 0, 0]
-    assert output.posterior_mean.eq(0).all()
+    assert output.posterior_shift.eq(0).all()
     output.loss.backward()
     assert gradients_are_finite(model)
 
@@ -872,7 +872,7 @@ def test_rows_in_which_nothing_is_masked_cost_nothing(free_bits):
     alone = model(input_ids=input_ids[one], labels=input_ids[one], **{key: value[one] for key, value in noise.items()})
     torch.testing.assert_close(together.loss * 15, alone.loss * 5)
     assert (together.kl_per_latent != 0).tolist() == [False, True, False]
-    assert (together.posterior_mean != 0).any(-1).tolist() == [False, True, False]
+    assert (together.posterior_shift != 0).any(-1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -897,13 +897,13 @@ def test_evaluation_depends_on_nothing_but_the_row(objective):
     first = model(input_ids=input_ids, labels=input_ids)
     torch.manual_seed(99)
     second = model(input_ids=input_ids, labels=input_ids)
-    for name in ("loss", "reconstruction_loss", "kl", "kl_per_latent", "posterior_mean"):
+    for name in ("loss", "reconstruction_loss", "kl", "kl_per_latent", "posterior_shift"):
         assert torch.equal(first[name], second[name])
 
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     shuffled = model(input_ids=input_ids[order], labels=input_ids[order])
     torch.testing.assert_close(shuffled.kl_per_latent, first.kl_per_latent[order])
-    torch.testing.assert_close(shuffled.posterior_mean, first.posterior_mean[order])
+    torch.testing.assert_close(shuffled.posterior_shift, first.posterior_shift[order])
     torch.testing.assert_close(shuffled.loss, first.loss)
     alone = [model(input_ids=row[None], labels=row[None]) for row in input_ids]
     torch.testing.assert_close(torch.cat([output.kl_per_latent for output in alone]), first.kl_per_latent)
@@ -1140,7 +1140,7 @@ def test_the_posterior_of_per_sample_is_the_same_at_every_step():
     noise["times"] = (torch.arange(6) + 0.5) / 6
     for objective, same in (("per_sample", True), ("per_step", False)):
         output = tiny_model(objective=objective, objective_steps=[3])(input_ids=input_ids, labels=input_ids, **noise)
-        difference = (output.posterior_mean - output.posterior_mean[:1]).abs().max()
+        difference = (output.posterior_shift - output.posterior_shift[:1]).abs().max()
         assert (difference < 1e-5) == same
 
 

@@ -309,6 +309,24 @@ def test_logged_figures_are_those_of_the_rows(tmp_path, batch_size, accumulation
     assert logged(trainer, "kl_per_latent") == [pytest.approx(direct.kl_per_latent.mean().item(), rel=1e-5)]
 
 
+def test_active_units_are_counted_from_a_learned_prior_and_where_there_is_a_latent(tmp_path):
+    model = randomised(
+        small_model(block_size=2, prior="learned", objective="per_step", objective_steps=[1, 2], latent_min_tokens=2)
+    )
+    with torch.no_grad():  # the posterior is N(0, I) everywhere; the prior's means are 0, vary, and are 5
+        for linear in (model.latent_encoder.out_proj, model.model.latent_prior.out_proj):
+            varies = linear.weight[1].clone()
+            linear.weight.zero_()
+            linear.bias.zero_()
+        linear.weight[1] = varies
+        linear.bias[2] = 5
+    shift = held_out_output(model).posterior_shift.flatten(0, 1)
+    told = shift[:, 2] != 0
+    assert 0 < told.sum() < len(told) and (shift[told, 2] == -5).all() and (shift[~told] == 0).all()
+    metrics = make_trainer(model, tmp_path, [VMDMetricsCallback()]).evaluate()
+    assert metrics["eval_active_units"] == (shift[told].var(0) > 0.01).sum() == 1
+
+
 def test_active_units_are_the_dimensions_whose_posterior_mean_varies(tmp_path):
     model = randomised(small_model())
     with torch.no_grad():
@@ -316,7 +334,7 @@ def test_active_units_are_the_dimensions_whose_posterior_mean_varies(tmp_path):
         model.latent_encoder.out_proj.weight[3] = 0
         model.latent_encoder.out_proj.bias[3] = 5
     direct = held_out_output(model)
-    assert (direct.posterior_mean.var(0, correction=0) > 0.01).tolist() == [True, False, True, False]
+    assert (direct.posterior_shift.var(0, correction=0) > 0.01).tolist() == [True, False, True, False]
     metrics = make_trainer(model, tmp_path, [VMDMetricsCallback()], per_device_eval_batch_size=3).evaluate()
     assert metrics["eval_active_units"] == 2
     assert metrics["eval_kl_per_latent"] == pytest.approx(direct.kl_per_latent.mean().item(), rel=1e-5)

@@ -37,7 +37,7 @@ from train_vmd import DataArguments, ModelArguments, parse, train
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from vmd_hf import VMDForMaskedDiffusion
-from vmd_hf.data.text import text_datasets
+from vmd_hf.data.text import evenly_spaced, text_datasets
 from vmd_hf.training import last_whole_checkpoint
 
 matplotlib.use("Agg")
@@ -172,7 +172,7 @@ def evaluate_row(
     length = data_args.sequence_length
     width = model.config.block_size or length
     rows = text_datasets(data_args.source, tokenizer, length, text_column=data_args.text_column)[split]
-    batches = torch.as_tensor(rows[:num_eval_rows]["input_ids"]).to(model.device).split(50)
+    batches = torch.as_tensor(evenly_spaced(rows, num_eval_rows)["input_ids"]).to(model.device).split(50)
     num_steps = sorted({number for number in (1, 2, 4, 8) if number < width} | {width})
     few, many = ([number for number in num_steps if (number > 8) == is_many] for is_many in (False, True))
     evaluations = [EvaluationArguments(num_steps=few, num_draws=[1, 16])]
@@ -246,7 +246,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--num_eval_rows", type=int, default=300, help="Rows to evaluate on.")
+    parser.add_argument("--num_eval_rows", type=int, default=300, help="Rows, taken evenly from the split.")
     parser.add_argument("--eval_split", choices=["validation", "test"], default="test", help="validation: to tune on.")
     parser.add_argument("--output_dir", default="outputs/text_comparison")
     options, recipe_arguments = parser.parse_known_args(argv)

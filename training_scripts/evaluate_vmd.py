@@ -56,7 +56,7 @@ from vmd_hf.data.sudoku import (
     valid_boards,
 )
 from vmd_hf.data.synthetic import joint_metrics, target_distribution
-from vmd_hf.data.text import clean_text8, load_documents, text_datasets
+from vmd_hf.data.text import clean_text8, evenly_spaced, load_documents, text_datasets
 from vmd_hf.hub import load_tokenizer
 from vmd_hf.noise_vmd import most_revealed
 from vmd_hf.training import ACTIVE_UNIT_VARIANCE
@@ -89,7 +89,7 @@ class EvaluationArguments:
     num_draws: list[int] = field(
         default_factory=lambda: [1], metadata={"help": "Draws of z under the logarithm of a bound."}
     )
-    num_eval_rows: int = 1000
+    num_eval_rows: int = field(default=1000, metadata={"help": "Rows of text, taken evenly from the test split."})
     puzzles: str | None = field(default=None, metadata={"help": "File of Sudoku puzzles; default: new ones."})
     num_puzzles: int = field(default=1000, metadata={"help": "New puzzles to make, or taken evenly from the file."})
     min_clues: int = 31
@@ -150,7 +150,7 @@ def evaluate_synthetic(
 
 def evaluate_objective(model: PreTrainedModel, batches: list[torch.Tensor]) -> dict[str, Any]:
     """The objective in nats a token (no perplexity if there is a latent; the noise is hashed, so it is the same number
-    every time), and how many dimensions of z the posterior uses."""
+    every time), and how many dimensions of z the posterior uses (see `VMDMetricsCallback`)."""
     with torch.no_grad():
         outputs = [model(input_ids=batch, labels=batch) for batch in tqdm(batches, desc="objective", disable=None)]
     weights = torch.tensor([float(len(batch)) for batch in batches])
@@ -158,8 +158,9 @@ def evaluate_objective(model: PreTrainedModel, batches: list[torch.Tensor]) -> d
     for name in ("loss", "reconstruction_loss", "kl"):
         result[name] = float((torch.stack([output[name] for output in outputs]) * weights).sum() / weights.sum())
     if model.config.latent_size:
-        means = torch.cat([output.posterior_mean.flatten(0, -2) for output in outputs])
-        result["active_units"] = int((means.var(0) > ACTIVE_UNIT_VARIANCE).sum())
+        shifts = torch.cat([output.posterior_shift.flatten(0, -2) for output in outputs])
+        shifts = shifts[(shifts != 0).any(-1)]  # not of the null latent
+        result["active_units"] = int((shifts.var(0) > ACTIVE_UNIT_VARIANCE).sum())
     return result
 
 
@@ -211,12 +212,12 @@ def evaluate_text(
     model.eval()
     length = model.config.max_position_embeddings
     rows = text_datasets(args.source, tokenizer, length, text_column=args.text_column, where=args.where)["test"]
-    batches = torch.as_tensor(rows[: args.num_eval_rows]["input_ids"]).to(model.device).split(50)
+    batches = torch.as_tensor(evenly_spaced(rows, args.num_eval_rows)["input_ids"]).to(model.device).split(50)
     documents = load_documents(args.source, text_column=args.text_column)["train"]
     known = {word for document in documents for word in clean_text8(document).split()}
     samples, quality = [], []
     if args.judge:
-        test_texts = tokenizer.batch_decode(rows[: args.num_texts]["input_ids"])
+        test_texts = tokenizer.batch_decode(evenly_spaced(rows, args.num_texts)["input_ids"])
         quality.append({"num_steps": "(test rows)", **quality_of(test_texts, args.judge)})
     for num_steps in args.num_steps:
         start = time.perf_counter()

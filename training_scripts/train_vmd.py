@@ -44,7 +44,7 @@ from vmd_hf.data.sudoku import (
     sudoku_tokenizer,
 )
 from vmd_hf.data.synthetic import synthetic_dataset, synthetic_tokenizer
-from vmd_hf.data.text import character_tokenizer, text_datasets
+from vmd_hf.data.text import character_tokenizer, evenly_spaced, text_datasets
 from vmd_hf.hub import saved_with_code
 from vmd_hf.training import (
     EMACallback,
@@ -152,8 +152,7 @@ def build_data(args: DataArguments) -> tuple[PreTrainedTokenizerBase, Dataset, D
     splits = text_datasets(
         args.source, tokenizer, args.sequence_length, text_column=args.text_column, where=args.where
     )
-    validation = splits["validation"]
-    return tokenizer, splits["train"], validation.select(range(min(args.num_eval_rows, len(validation))))
+    return tokenizer, splits["train"], evenly_spaced(splits["validation"], args.num_eval_rows)
 
 
 def build_model(

@@ -114,7 +114,7 @@ class VMDConfig(PreTrainedConfig):
         "reconstruction_loss",
         "kl",
         "kl_per_latent",
-        "posterior_mean",
+        "posterior_shift",
         "hidden_states",
         "attentions",
     ]

@@ -39,7 +39,7 @@ from .noise_vmd import (
     seeded_noise,
     stratified_uniform,
 )
-from .objective_vmd import draw_latents, gaussian_kl, row_cross_entropy
+from .objective_vmd import draw_latents, gaussian_kl, row_cross_entropy, standardised
 
 # What forward takes beside its own arguments.
 _KEYWORDS = {*TransformersKwargs.__annotations__, "return_dict", "use_cache"}
@@ -61,7 +61,8 @@ class VMDMaskedDiffusionOutput(ModelOutput):
         kl: Scalar, the KL term over the same number.
         kl_per_latent: (batch,), with blocks (batch, blocks): unweighted KL(q || p) of each latent in nats; 0 where
             nothing was masked.
-        posterior_mean: (batch, latent_size), with blocks (batch, blocks, latent_size): mean of q; 0 where fewer than
+        posterior_shift: (batch, latent_size), with blocks (batch, blocks, latent_size): how far the mean of q lies from
+            the prior's, in the prior's standard deviations (from N(0, I): the mean itself); 0 where fewer than
             `latent_min_tokens` tokens were revealed.
         hidden_states, attentions: As everywhere in transformers, on request.
     """
@@ -71,7 +72,7 @@ class VMDMaskedDiffusionOutput(ModelOutput):
     reconstruction_loss: torch.Tensor | None = None
     kl: torch.Tensor | None = None
     kl_per_latent: torch.Tensor | None = None
-    posterior_mean: torch.Tensor | None = None
+    posterior_shift: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -946,7 +947,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         if self.config.block_size is not None:
             clean_hidden_states, context = self.model.read(clean, layout)
             before = last_before_blocks(clean_hidden_states, layout).flatten(0, 1)  # (units, hidden)
-        posterior_mean, kl_elements, is_told = None, None, maskable.new_zeros(len(maskable))
+        posterior_shift, kl_elements, is_told = None, None, maskable.new_zeros(len(maskable))
         num_revealed = corruption.revealed.sum(-1)  # (units,)
         per_latent = (len(clean),) if self.config.block_size is None else (len(clean), layout.num_blocks)
         if self.latent_encoder is not None:
@@ -956,7 +957,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             if self.config.objective == "per_step":  # under vmd A_k is M_t, under per_sample z is not told of it
                 is_told = has_latent.squeeze(-1)
             kl_elements = gaussian_kl(q_mean, q_log_variance, *prior) * has_latent  # (units, latent_size)
-            posterior_mean = (q_mean * has_latent).detach().view(*per_latent, -1)
+            posterior_shift = (standardised(q_mean, *prior) * has_latent).detach().view(*per_latent, -1)
             mean, log_variance, *prior = (part[:, None] for part in (q_mean, q_log_variance, *prior))
             latents, log_ratio = draw_latents(mean, log_variance, noise[2], *prior)  # (units, draws, latent_size)
             latents = latents.unflatten(0, (len(clean), -1)).transpose(1, 2).flatten(0, 1)  # (rows * draws, N, size)
@@ -1011,7 +1012,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             reconstruction_loss=reconstruction_loss.detach(),
             kl=kl.detach(),
             kl_per_latent=None if kl_elements is None else kl_elements.sum(-1).detach().view(per_latent),
-            posterior_mean=posterior_mean,
+            posterior_shift=posterior_shift,
             hidden_states=gather_hidden_states(outputs.hidden_states, draws_layout),
             attentions=outputs.attentions,
         )

@@ -4,6 +4,13 @@ import torch
 from torch.nn import functional as F
 
 
+def standardised(
+    values: torch.Tensor, prior_mean: torch.Tensor | None = None, prior_log_variance: torch.Tensor | None = None
+) -> torch.Tensor:
+    """How far values lie from the prior's mean, in its standard deviations. Default prior: N(0, 1)."""
+    return values if prior_mean is None else (values - prior_mean) * (-0.5 * prior_log_variance).exp()
+
+
 def gaussian_kl(
     mean: torch.Tensor,
     log_variance: torch.Tensor,
@@ -13,8 +20,9 @@ def gaussian_kl(
     """KL(N(mean, exp(log_variance)) || prior) for each element, in nats. Any shape. Default prior: N(0, 1)."""
     mean, log_variance = mean.float(), log_variance.float()
     if prior_mean is not None:
-        mean = (mean - prior_mean.float()) * (-0.5 * prior_log_variance.float()).exp()
-        log_variance = log_variance - prior_log_variance.float()
+        prior_mean, prior_log_variance = prior_mean.float(), prior_log_variance.float()
+        mean = standardised(mean, prior_mean, prior_log_variance)
+        log_variance = log_variance - prior_log_variance
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
 
 
@@ -27,11 +35,10 @@ def draw_latents(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """z = mean + std * epsilon, and log p(z) - log q(z) for each element, in nats. Shapes broadcast to `epsilon`'s."""
     latents = mean + (0.5 * log_variance).exp() * epsilon
-    standardised = latents
-    if prior_mean is not None:
-        standardised = (latents - prior_mean) * (-0.5 * prior_log_variance).exp()
+    if prior_log_variance is not None:
         log_variance = log_variance - prior_log_variance
-    return latents, 0.5 * (epsilon.square() - standardised.square() + log_variance)
+    distance = standardised(latents, prior_mean, prior_log_variance)
+    return latents, 0.5 * (epsilon.square() - distance.square() + log_variance)
 
 
 def row_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -50,4 +57,4 @@ def row_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, rows: torch.T
     return losses.new_zeros(num_rows).index_add(0, rows, losses)
 
 
-__all__ = ["draw_latents", "gaussian_kl", "row_cross_entropy"]
+__all__ = ["draw_latents", "gaussian_kl", "row_cross_entropy", "standardised"]

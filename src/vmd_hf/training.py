@@ -26,7 +26,7 @@ class _Sums:
 
     def __init__(self):
         self.scalars = 0  # (6,): reconstruction_loss, kl, both also times rows, kl_per_latent, latents; summed
-        self.moments = 0  # (2, latent_size): sums of the posterior means and of their squares
+        self.moments = 0  # (3, latent_size): latents, and sums of their posterior shifts and of the squares of these
         self.rows = 0
 
     def add(self, output, rows: int, scale: float):
@@ -38,18 +38,20 @@ class _Sums:
             latent_kl = torch.stack([kl_per_latent.sum(), kl_per_latent.new_tensor(kl_per_latent.numel())])
         self.scalars = self.scalars + torch.cat([parts, parts * rows, latent_kl])
         self.rows += rows
-        if output.posterior_mean is not None:
-            mean = output.posterior_mean[:rows].flatten(0, -2)  # with blocks, each has a latent
-            self.moments = self.moments + torch.stack([mean.sum(0), mean.square().sum(0)])
+        if output.posterior_shift is not None:
+            shift = output.posterior_shift[:rows].flatten(0, -2)  # with blocks, each has a latent
+            count = (shift != 0).any(-1, keepdim=True).expand_as(shift)  # but for those with the null latent
+            self.moments = self.moments + torch.stack([count, shift, shift.square()]).sum(1)
 
 
 class VMDMetricsCallback(TrainerCallback):
     """Adds the parts of the loss to what the Trainer logs, so that posterior collapse is visible.
 
     Training logs gain `reconstruction_loss`, `kl` (both on the scale of `loss`), `kl_per_latent` (nats, mean over
-    latents) and `active_units`: the latent dimensions whose posterior mean varies over the latents since the last log
-    by a variance above 0.01 (Burda, Grosse, Salakhutdinov, arXiv 1509.00519; with `latent_per_position` slices that
-    are told nothing count, too, with the prior's mean). Evaluation metrics gain the same with the prefix of the
+    latents) and `active_units`: the latent dimensions in which the posterior's mean, measured from the prior's in its
+    standard deviations, varies over the latents since the last log by a variance above 0.01 (Burda, Grosse,
+    Salakhutdinov, arXiv 1509.00519, whose prior is fixed; with `latent_per_position` slices that are told nothing
+    count, too, with 0). Evaluation metrics gain the same with the prefix of the
     evaluation. All are those of the rows of all processes.
 
     Pass it in `Trainer(callbacks=[VMDMetricsCallback()])`. The Trainer calls reporters such as TensorBoard before the
@@ -133,11 +135,11 @@ class VMDMetricsCallback(TrainerCallback):
             reconstruction, kl = (value / rows for value in scalars[2:4])
         values = {"reconstruction_loss": reconstruction}
         if has_latent:
-            moments = total[7:].view(2, -1) / scalars[5]
+            count, *moments = total[7:].view(3, -1)
+            mean, square = (moment / count for moment in moments)
             values["kl"] = kl
             values["kl_per_latent"] = scalars[4] / scalars[5]
-            variance = moments[1] - moments[0].square()
-            values["active_units"] = int((variance > ACTIVE_UNIT_VARIANCE).sum())
+            values["active_units"] = int((square - mean.square() > ACTIVE_UNIT_VARIANCE).sum())
         return values
 
 

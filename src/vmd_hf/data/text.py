@@ -234,6 +234,20 @@ def text_datasets(
     return datasets
 
 
+def evenly_spaced(rows: Dataset, num_rows: int) -> Dataset:
+    """So many of the rows, at equal distances: neighbours come from one document, and the first tell of that only.
+
+    All rows if there are no more.
+
+    Raises:
+        ValueError: for a `num_rows` below 1.
+    """
+    if num_rows < 1:
+        raise ValueError(f"`num_rows` must be at least 1, got {num_rows}")
+    num_rows = min(num_rows, len(rows))
+    return rows.select([index * len(rows) // num_rows for index in range(num_rows)])
+
+
 def text_stream(
     source: str,
     tokenizer: PreTrainedTokenizerBase,
