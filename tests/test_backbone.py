@@ -4,18 +4,24 @@ import peft
 import pytest
 import torch
 from helpers import normal, padded, seeded
+from torch.utils.data import TensorDataset
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     BertConfig,
+    DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
     EuroBertConfig,
     ModernBertConfig,
     RobertaConfig,
+    Trainer,
+    TrainingArguments,
+    XLMRobertaConfig,
 )
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion
+from vmd_hf.data.synthetic import synthetic_tokenizer
 from vmd_hf.hub import export_model
 from vmd_hf.likelihood import nelbo
 
@@ -32,6 +38,8 @@ SIZES = {
 FAMILIES = {
     "bert": BertConfig(**SIZES),
     "roberta": RobertaConfig(**SIZES),
+    "xlm-roberta": XLMRobertaConfig(**SIZES),
+    "deberta-v2": DebertaV2Config(**SIZES),
     "distilbert": DistilBertConfig(
         vocab_size=VOCABULARY,
         dim=32,
@@ -132,6 +140,61 @@ def test_the_likelihood_bound_is_that_of_its_logits(original):
     expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none").sum(-1)
     bound = nelbo(model, ids, bound="per_step", num_steps=1)
     torch.testing.assert_close(bound.nelbo, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bound", ["per_sample", "per_step"])
+def test_bounds_with_a_latent_are_those_of_rows_without_padding(model, bound):
+    rows = [tokens(6, seed=1), tokens(4, seed=2)]
+    ids, mask = padded([row.tolist() for row in rows], "right", fill=PAD)
+    settings = {"bound": bound, "num_steps": 2, "num_samples": 2}
+    together = nelbo(model, ids, attention_mask=mask, generator=[seeded(0), seeded(1)], **settings)
+    for index, row in enumerate(rows):
+        alone = nelbo(model, row[None], generator=[seeded(index)], **settings)
+        torch.testing.assert_close(together.nelbo[index], alone.nelbo[0], rtol=1e-4, atol=1e-4)
+        assert 0.5 < alone.nelbo[0] / len(row) < 10
+
+
+@pytest.mark.parametrize("way", ["wholly", "frozen", "adapters"])
+def test_a_folder_becomes_a_vmd_that_trains_saves_and_loads(way, tmp_path):
+    """As the README shows it, with the plain Trainer: whichever way, z has a say in the end, and the original stays as
+    it is unless it is trained."""
+    torch.manual_seed(0)
+    bert().save_pretrained(tmp_path / "original")
+    synthetic_tokenizer().save_pretrained(tmp_path / "original")
+
+    def start():
+        torch.manual_seed(1)
+        return VMDForMaskedDiffusion.from_masked_lm(tmp_path / "original", latent_size=3, kl_warmup_steps=0)
+
+    model = start()
+    assert model.config.mask_token_id == synthetic_tokenizer().mask_token_id
+    original = {name: value.clone() for name, value in model.model.masked_lm.state_dict().items()}
+    assert all(
+        torch.equal(original[name], value)
+        for name, value in AutoModelForMaskedLM.from_pretrained(tmp_path / "original").state_dict().items()
+    )
+    if way == "frozen":
+        model.model.masked_lm.requires_grad_(False)
+    if way == "adapters":
+        latent_path = ["conditioner", "modulation", "latent_encoder"]
+        model = peft.get_peft_model(model, peft.LoraConfig(modules_to_save=latent_path))
+    rows = [{"input_ids": row, "labels": row} for (row,) in TensorDataset(torch.randint(2, 10, (8, 6)).sort().values)]
+    arguments = {"max_steps": 4, "learning_rate": 1e-2, "report_to": "none", "save_strategy": "no", "use_cpu": True}
+    Trainer(model, TrainingArguments(str(tmp_path), **arguments), train_dataset=rows).train()
+
+    ids = tokens(2, 6)
+    logits = [model.eval()(ids, latents=z).logits for z in (normal(2, 3), normal(2, 3, seed=1))]
+    assert (logits[0] - logits[1])[..., 2:10].abs().max() > 1e-4
+    model.save_pretrained(tmp_path / "trained")
+    if way == "adapters":
+        loaded = peft.PeftModel.from_pretrained(start(), tmp_path / "trained").eval()
+        model = model.base_model.model
+    else:
+        loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "trained").eval()
+    assert torch.equal(loaded(ids, latents=normal(2, 3)).logits, logits[0])
+    trained = {name.replace("base_layer.", ""): value for name, value in model.model.masked_lm.state_dict().items()}
+    unchanged = all(torch.equal(trained[name], value) for name, value in original.items())
+    assert unchanged == (way != "wholly")
 
 
 def test_the_latent_path_trains_with_the_original_frozen(model):

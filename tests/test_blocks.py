@@ -904,7 +904,9 @@ def test_a_block_is_trained_without_sight_of_what_follows_and_with_sight_of_what
     noise["position_noise"][0, 2] = 0.0  # something is masked in the block in the middle
     labels = torch.full_like(input_ids, -100)
     labels[:, 2:4] = input_ids[:, 2:4]
-    loss, posterior = (model(input_ids=input_ids, labels=labels, **noise)[name] for name in ("loss", "posterior_shift"))
+    loss, posterior = (
+        model(input_ids=input_ids, labels=labels, **noise)[name] for name in ("loss", "posterior_shift")
+    )
     for column, seen in ((0, True), (1, True), (4, False), (5, False)):
         other = input_ids.clone()
         other[0, column] = (other[0, column] + 3) % 10

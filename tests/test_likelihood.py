@@ -106,9 +106,11 @@ def log_likelihood(model, row, masked, revealed, z):
     return logits.log_softmax(-1)[:, revealed, row[revealed]].sum(-1)
 
 
-def sampler_log_probability(model, row, positions, num_steps, kept):
-    """Exact log p(row at `positions` | its other tokens) of the sampler: one z kept, or a fresh one for each step."""
+def sampler_log_probability(model, row, positions, num_steps, kept, prior=(0.0, 0.0)):
+    """Exact log p(row at `positions` | its other tokens) of the sampler: one z kept, or a fresh one for each step,
+    from a prior of that mean and log-variance."""
     z, weights = quadrature(model.config.latent_size, NUM_NODES[model.config.latent_size])
+    z = prior[0] + math.exp(0.5 * prior[1]) * z
     probabilities = []
     for order in itertools.permutations(positions):
         steps = [log_likelihood(model, row, *step, z) for step in steps_of(order, num_steps)]
@@ -396,18 +398,38 @@ def blocks_of(length, block_size):
     return [range(start, min(start + block_size, length)) for start in range(0, length, block_size)]
 
 
+@torch.no_grad()
+def before_blocks(model, row):
+    """The last clean hidden state before each block, zeros before the first; each (1, hidden)."""
+    layout = model.model.lay_out(row[None])
+    hidden_states, _ = model.model.read(layout.scatter(row[None], 0), layout)
+    blocks = blocks_of(len(row), model.config.block_size)
+    return [hidden_states[:, b.start - 1] if b.start else torch.zeros(1, model.config.hidden_size) for b in blocks]
+
+
+def prior_of_block(model, before):
+    """Mean and log-variance of a latent of size 1."""
+    if model.model.latent_prior is None:
+        return 0.0, 0.0
+    return [value.item() for value in model.model.latent_prior(before)]
+
+
+def sampler_over_blocks(model, row, num_steps, kept):
+    """Exact log-probability of the row: the sum of its blocks', each given the clean ones before it."""
+    return sum(
+        sampler_log_probability(model, row[: block.stop], block, num_steps, kept, prior_of_block(model, before))
+        for block, before in zip(blocks_of(len(row), model.config.block_size), before_blocks(model, row), strict=True)
+    )
+
+
 def expected_over_blocks(model, row, labelled, num_steps, bound, num_samples):
     """Sum of the expected bounds of the row's blocks, each given the clean ones before it."""
     total = 0.0
-    with torch.no_grad():
-        layout = model.model.lay_out(row[None])
-        hidden_states, _ = model.model.read(layout.scatter(row[None], 0), layout)
-    for block in blocks_of(len(row), model.config.block_size):
+    for block, before in zip(blocks_of(len(row), model.config.block_size), before_blocks(model, row), strict=True):
         positions = [position for position in block if position in labelled]
         if not positions:
             continue
         until = row[: block.stop]
-        before = hidden_states[:, block.start - 1] if block.start else torch.zeros(1, model.config.hidden_size)
 
         @torch.no_grad()
         def posterior(masked, revealed, block=block, before=before):
@@ -419,10 +441,8 @@ def expected_over_blocks(model, row, labelled, num_steps, bound, num_samples):
             context = model.model.attention_context(embeddings, None, columns)
             return model.latent_encoder(embeddings, flags[0].T, flags[1].T, columns, context, before)
 
-        prior = (0.0, 0.0)
-        if model.model.latent_prior is not None:
-            prior = [value.item() for value in model.model.latent_prior(before)]
-            assert abs(prior[0]) > 0.05
+        prior = prior_of_block(model, before)
+        assert model.model.latent_prior is None or abs(prior[0]) > 0.05
         total += expected_bound(model, until, positions, num_steps, bound, num_samples, posterior, prior)
     return total
 
@@ -449,6 +469,32 @@ def test_the_bound_of_a_row_is_the_sum_over_its_blocks(num_samples, prior, bound
         )
         assert_within_errors(output.nelbo, expected)
         assert output.num_tokens.eq(6).all()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_with_blocks_and_a_learned_prior_the_sampler_is_the_reference_and_bounds_lie_above_it(kept):
+    """Blocks of two tokens and of one; the prior's means and variances are far from those of N(0, I)."""
+    model, num_texts = toy_model(seed=4, block_size=2, prior="learned"), 20_000
+    model.model.latent_prior.out_proj.bias.data = torch.tensor([0.8, -1.0])
+    rows = [row_of(*tokens) for tokens in itertools.product(range(DIGITS), repeat=3)]
+    exact = torch.tensor([sampler_over_blocks(model, row, 2, kept) for row in rows])
+    assert exact.exp().sum().item() == pytest.approx(1, abs=1e-4)
+    torch.manual_seed(0)
+    texts = model.generate(
+        torch.full((num_texts, 3), DIGITS),
+        num_steps=2,
+        do_sample=True,
+        remasking="random",
+        resample_latents=not kept,
+    )
+    counts = torch.bincount(texts @ row_of(9, 3, 1), minlength=27)
+    chi_square = ((counts - num_texts * exact.exp()) ** 2 / (num_texts * exact.exp())).sum()
+    assert chi_square < 54  # 26 degrees of freedom: exceeded by chance once in a thousand
+
+    bound = "per_sample" if kept else "per_step"
+    for row, log_probability in zip(rows, exact, strict=True):
+        elbo = expected_over_blocks(model, row, range(3), 2, bound, 1)
+        assert elbo > expected_over_blocks(model, row, range(3), 2, bound, 2) > -log_probability
 
 
 def test_blocks_of_one_token_without_a_latent_are_an_autoregressive_model():

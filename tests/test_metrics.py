@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import MASK, PAD, tiny_model
 from peft import LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion, metrics
@@ -21,7 +22,7 @@ PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419.
 def test_every_metric_loads_from_its_file_and_describes_itself(name):
     metric = metrics.load(name)
     assert isinstance(metric, evaluate.Metric)
-    assert len(metric.description) > 100 and "Args:" in metric.inputs_description
+    assert len(metric.description) > 100 and "Args:" in metric.inputs_description and "title=" in metric.citation
 
 
 def test_an_unknown_metric_is_an_error_that_names_the_known():
@@ -78,6 +79,26 @@ def test_the_bound_of_a_metric_is_that_of_nelbo_wrapped_by_peft_or_not():
     wrapped = get_peft_model(model, LoraConfig())
     again = metric.compute(predictions=texts, model=wrapped, tokenizer=tokenizer, num_steps=2, batch_size=2)
     assert again["bits_per_character"] == pytest.approx(result["bits_per_character"], rel=1e-6)
+
+
+def test_the_bound_of_a_text_is_that_of_its_own_tokens():
+    """Those that a tokenizer adds are context: they say nothing, and no character is theirs."""
+    model, tokenizer = digit_model()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="9 $A 8", special_tokens=[("9", 9), ("8", 8)])
+    assert tokenizer("12")["input_ids"] == [9, 1, 2, 8]
+    result = metrics.load("likelihood_bound").compute(
+        predictions=["12"], model=model, tokenizer=tokenizer, num_steps=1
+    )
+    ids = torch.tensor([[9, 1, 2, 8]])
+    labels = ids.masked_fill(torch.tensor([[True, False, False, True]]), -100)
+    output = nelbo(model, ids, labels, num_steps=1, generator=torch.Generator().manual_seed(0))
+    assert result["num_tokens"] == result["num_characters"] == 2
+    assert result["bits_per_character"] == pytest.approx(output.nelbo.item() / 2 / math.log(2), rel=1e-5)
+
+
+def test_a_model_is_no_name():
+    with pytest.raises(ValueError, match="model must be the model itself, got 'vmd'"):
+        metrics.load("likelihood_bound").compute(predictions=["1"], model="vmd", tokenizer=synthetic_tokenizer())
 
 
 def test_an_empty_text_has_no_bound():

@@ -61,8 +61,8 @@ class VMDMaskedDiffusionOutput(ModelOutput):
         kl: Scalar, the KL term over the same number.
         kl_per_latent: (batch,), with blocks (batch, blocks): unweighted KL(q || p) of each latent in nats; 0 where
             nothing was masked.
-        posterior_shift: (batch, latent_size), with blocks (batch, blocks, latent_size): how far the mean of q lies from
-            the prior's, in the prior's standard deviations (from N(0, I): the mean itself); 0 where fewer than
+        posterior_shift: (batch, latent_size), with blocks (batch, blocks, latent_size): how far the mean of q lies
+            from the prior's, in the prior's standard deviations (from N(0, I): the mean itself); 0 where fewer than
             `latent_min_tokens` tokens were revealed.
         hidden_states, attentions: As everywhere in transformers, on request.
     """

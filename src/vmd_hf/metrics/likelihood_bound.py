@@ -14,7 +14,7 @@ many steps, belongs to the number."""
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions: texts.
+    predictions: texts. Tokens that the tokenizer adds to them are context, and not scored.
     model: the model itself (a VMDForMaskedDiffusion, bare or wrapped by PEFT), not a name.
     tokenizer: its tokenizer.
     bound: "per_sample" (one z kept) or "per_step" (a fresh z for each step).
@@ -56,14 +56,18 @@ class LikelihoodBound(evaluate.Metric):
     ):
         if any(not text for text in predictions):
             raise ValueError("predictions must be texts of at least one character, got an empty one")
+        if not isinstance(model, torch.nn.Module):
+            raise ValueError(f"model must be the model itself, got {model!r}")
         generator = torch.Generator().manual_seed(seed)
         device = next(model.parameters()).device
         nats, tokens = [], []
         for start in range(0, len(predictions), batch_size):
-            batch = tokenizer(predictions[start : start + batch_size], padding=True, return_tensors="pt").to(device)
+            texts = predictions[start : start + batch_size]
+            batch = tokenizer(texts, padding=True, return_special_tokens_mask=True, return_tensors="pt").to(device)
             output = nelbo(
                 model,
                 batch["input_ids"],
+                labels=batch["input_ids"].masked_fill(batch["special_tokens_mask"] == 1, -100),
                 attention_mask=batch["attention_mask"],
                 bound=bound,
                 num_steps=num_steps,
