@@ -268,6 +268,12 @@ def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_aga
     assert again[3]["training"][0] == results[3]["training"][0]  # the stage that both begin with, trained once
     assert not (tmp_path / "out" / "vmd-8-0" / "stage-0").exists()
 
+    with pytest.raises(ValueError, match=r"vmd-8-0/row.json was made with num_eval_rows 4, not 3: .*--output_dir"):
+        compare_text.main([*arguments, "--rows", "vmd-8", "--num_eval_rows=3"])
+    (tmp_path / "out" / "vmd-8-0" / "row.json").unlink()
+    with pytest.raises(ValueError, match=r"stage-0/training.json was made with arguments \['--latent_size"):
+        compare_text.main([*arguments, "--rows", "vmd-8", "--learning_rate=1"])
+
 
 def test_a_model_of_whole_boards_completes_clues_that_leave_many_solutions(tmp_path):
     recipe = str(SCRIPTS / "recipes" / "boards.yaml")

@@ -4,11 +4,12 @@
     python training_scripts/compare_text.py --rows block-4 vmd-4 --seeds 0 1 2
 
 All models have the same size (a VMD also has its latent path), the same data in the same order and about the same
-training time: the numbers of updates were chosen for that, and the time that a row took is reported. The bounds are
-those of `vmd_hf.corpus_bound` on the test split, for samplers of 1, 2, 4 and 8 steps a block. Prints a table, writes
+training time: the numbers of updates were chosen for that, and the time that a row took is reported. Each stage
+reads the rows from the start. The bounds are those of `vmd_hf.corpus_bound` (`per_step`) on the test split, for
+samplers of 1, 2, 4 and 8 steps a block, of 32 for whole rows, and of one token a step. Prints a table, writes
 `results.json`, and draws bits a character over forward passes a character, of all rows in the output folder. A row
-or a stage that is there already is not trained again, and one that was interrupted goes on from its last checkpoint.
-All other arguments are those of train_vmd.py, and change every row.
+or a stage that is there already is not trained again (and must be of the same arguments), and one that was interrupted
+goes on from its last checkpoint. All other arguments are those of train_vmd.py, and change every row.
 """
 
 import argparse
@@ -52,7 +53,8 @@ def settings_of(recipe: str, *names: str) -> dict[str, Any]:
     return {name: settings[name] for name in names}
 
 
-# Of models with blocks: one step a block is what z is for, and all of them train for it alike.
+# Of models with blocks: one step a block is what z is for, so most of the training is for it (5 of 8 rows without a
+# latent, 3 of 5 with one).
 PER_STEP = settings_of("sotu.yaml", "objective", "objective_steps")
 PER_STEP_OF_8 = PER_STEP | {"objective_steps": [1, 1, 1, 1, 2, 2, 4, 8]}
 # The second stage of a VMD with blocks: what the context tells is learned before what z tells.
@@ -92,24 +94,29 @@ def run_row(
 ) -> None:
     """Trains and evaluates one model, unless its results are there."""
     path = output_dir / f"{row}-{seed}" / "row.json"
-    if path.exists():
-        return
     recipe, *changes = recipe_arguments
+    evaluation = {"num_eval_rows": num_eval_rows, "split": split}
+    if read_finished(path, evaluation | {"arguments": changes}):
+        return
     stages, stage_folder = [], None
     for number, stage in enumerate(ROWS[row]):
         settings = ["--latent_size", "0"]
         for name, value in stage.items():
             settings += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        if stage_folder:
-            settings += ["--model_name_or_path", str(stage_folder)]
+        settings += [*changes, f"--seed={seed}"]
+        places = ["--model_name_or_path", str(stage_folder)] if stage_folder else []
         stage_folder = output_dir / f"{first_row_that_begins_as(row, number)}-{seed}" / f"stage-{number}"
-        arguments = parse([recipe, *settings, *changes, f"--seed={seed}", f"--output_dir={stage_folder}"])
-        stages.append(train_stage(arguments, stage_folder / "training.json"))
+        arguments = parse([recipe, *settings, *places, f"--output_dir={stage_folder}"])
+        path_of_stage = stage_folder / "training.json"
+        finished = read_finished(path_of_stage, {"arguments": settings})
+        stages.append(finished or train_stage(arguments, settings, path_of_stage))
     model = VMDForMaskedDiffusion.from_pretrained(stage_folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(stage_folder)
     result = {
         "row": row,
         "seed": seed,
+        "arguments": changes,
+        **evaluation,
         "parameters": model.num_parameters(),
         "training": stages,
         **evaluate_row(model, tokenizer, arguments[1], num_eval_rows, split),
@@ -122,11 +129,26 @@ def first_row_that_begins_as(row: str, number: int) -> str:
     return next(other for other in ROWS if ROWS[other][: number + 1] == ROWS[row][: number + 1])
 
 
-def train_stage(arguments: tuple[ModelArguments, DataArguments, TrainingArguments], path: Path) -> dict[str, Any]:
-    """Trains, unless that is done, and says how long it takes (whatever part was done before a stop) and how fast it
-    is beside a matrix product in the same type."""
-    if path.exists():
-        return json.loads(path.read_text())
+def read_finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What was written there when it was done, if it was.
+
+    Raises:
+        ValueError: if it was done by other settings.
+    """
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    for name, value in settings.items():
+        if result[name] != value:
+            raise ValueError(f"{path} was made with {name} {result[name]}, not {value}: name another --output_dir")
+    return result
+
+
+def train_stage(
+    arguments: tuple[ModelArguments, DataArguments, TrainingArguments], settings: list[str], path: Path
+) -> dict[str, Any]:
+    """Trains, and says how long it takes (whatever part was done before a stop) and how fast it is beside a matrix
+    product in the same type."""
     _, data_args, training_args = arguments
     training_args.resume_from_checkpoint = "true"
     checkpoint = last_whole_checkpoint(training_args.output_dir)
@@ -141,6 +163,7 @@ def train_stage(arguments: tuple[ModelArguments, DataArguments, TrainingArgument
     shape = training_args.per_device_train_batch_size, data_args.sequence_length
     peak = matmul_peak(dtype=torch.bfloat16 if training_args.bf16 else torch.float32)
     result = {
+        "arguments": settings,
         "updates": updates,
         "seconds": updates * per_update,
         "tokens_per_second": math.prod(shape) / per_update,
@@ -167,13 +190,13 @@ def evaluate_row(
     num_eval_rows: int,
     split: str,
 ) -> dict[str, Any]:
-    """Bounds at 1, 2, 4 and 8 steps a block and one token a step, what the posterior uses, and a sample."""
+    """Bounds at 1, 2, 4, 8 and 32 steps a block and one token a step, what the posterior uses, and a sample."""
     model.eval()
     length = data_args.sequence_length
     width = model.config.block_size or length
     rows = text_datasets(data_args.source, tokenizer, length, text_column=data_args.text_column)[split]
-    batches = torch.as_tensor(evenly_spaced(rows, num_eval_rows)["input_ids"]).to(model.device).split(50)
-    num_steps = sorted({number for number in (1, 2, 4, 8) if number < width} | {width})
+    batches = torch.as_tensor(evenly_spaced(rows, num_eval_rows)[:]["input_ids"]).to(model.device).split(50)
+    num_steps = sorted({number for number in (1, 2, 4, 8, 32) if number < width} | {width})
     few, many = ([number for number in num_steps if (number > 8) == is_many] for is_many in (False, True))
     evaluations = [EvaluationArguments(num_steps=few, num_draws=[1, 16])]
     evaluations += [EvaluationArguments(num_steps=many)] if many else []
@@ -197,6 +220,7 @@ def lines_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "row": result["row"],
             "seed": result["seed"],
+            "bound": bound["bound"],
             "steps a block": bound["num_steps"],
             "passes a character": passes_per_character(result, bound),
             "draws": bound["num_draws"],
@@ -221,6 +245,7 @@ def draw_frontier(results: list[dict[str, Any]], path: Path) -> None:
     """Bits a character over forward passes a character, a line for each row and seed (the lowest of its bounds)."""
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     colours = {row: f"C{number}" for number, row in enumerate(ROWS)}
+    labelled = set()
     for result in results:
         lowest: dict[float, tuple[float, float]] = {}
         for bound in sorted(result["bounds"], key=lambda bound: -bound["bits_per_token"]):
@@ -228,7 +253,8 @@ def draw_frontier(results: list[dict[str, Any]], path: Path) -> None:
             lowest[passes_per_character(result, bound)] = (bound["bits_per_token"], error)
         passes = sorted(lowest)
         bits, errors = zip(*(lowest[x] for x in passes), strict=True)
-        label = result["row"] if result["seed"] == results[0]["seed"] else None
+        label = None if result["row"] in labelled else result["row"]
+        labelled.add(result["row"])
         axis.errorbar(passes, bits, errors, marker="o", capsize=3, color=colours[result["row"]], label=label)
     axis.set(xscale="log", xlabel="forward passes a character", ylabel="bits a character (upper bound, 95 % interval)")
     axis.legend()
@@ -259,7 +285,11 @@ def main(argv: list[str]) -> None:
     results = results_in(output_dir)
     print_table("Upper bounds on the bits a character, with their 95 % interval", lines_of(results))
     names = ("row", "seed", "parameters")
-    lines = [{name: result[name] for name in names} | stage for result in results for stage in result["training"]]
+    lines = [
+        {name: result[name] for name in names} | {name: value for name, value in stage.items() if name != "arguments"}
+        for result in results
+        for stage in result["training"]
+    ]
     print_table("Training", lines)
     write_json(output_dir / "results.json", results)
     draw_frontier(results, figure := output_dir / "frontier.png")

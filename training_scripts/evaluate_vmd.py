@@ -212,12 +212,12 @@ def evaluate_text(
     model.eval()
     length = model.config.max_position_embeddings
     rows = text_datasets(args.source, tokenizer, length, text_column=args.text_column, where=args.where)["test"]
-    batches = torch.as_tensor(evenly_spaced(rows, args.num_eval_rows)["input_ids"]).to(model.device).split(50)
+    batches = torch.as_tensor(evenly_spaced(rows, args.num_eval_rows)[:]["input_ids"]).to(model.device).split(50)
     documents = load_documents(args.source, text_column=args.text_column)["train"]
     known = {word for document in documents for word in clean_text8(document).split()}
     samples, quality = [], []
     if args.judge:
-        test_texts = tokenizer.batch_decode(evenly_spaced(rows, args.num_texts)["input_ids"])
+        test_texts = tokenizer.batch_decode(evenly_spaced(rows, args.num_texts)[:]["input_ids"])
         quality.append({"num_steps": "(test rows)", **quality_of(test_texts, args.judge)})
     for num_steps in args.num_steps:
         start = time.perf_counter()
