@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion, VMDGenerationConfig, VMDModel
 from vmd_hf.data.synthetic import synthetic_tokenizer
@@ -323,6 +323,36 @@ def test_an_exported_folder_loads_trains_and_saves_without_the_package(tmp_path)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(results["trained"][name], value, rtol=1e-3, atol=1e-4)
         assert torch.equal(loaded.state_dict()[name], results["trained"][name])
+
+
+def test_an_exported_model_around_another_loads_without_the_package(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    masked_lm = AutoModelForMaskedLM.from_config(BertConfig(vocab_size=12, pad_token_id=11, **sizes))
+    model = VMDForMaskedDiffusion.from_masked_lm(masked_lm, latent_size=2, mask_token_id=10).eval()
+    torch.nn.init.normal_(model.model.modulation.weight)
+    export_model(model, tmp_path / "model")
+    ids, latents = torch.tensor([[0, 10, 2, 10]]), torch.tensor([[1.0, -1.0]])
+    torch.save({"ids": ids, "latents": latents}, tmp_path / "inputs.pt")
+    process = run_elsewhere(
+        """
+        import sys
+
+        sys.modules["vmd_hf"] = None  # as if it were not installed
+        import torch
+        from transformers import AutoModelForMaskedLM
+
+        model = AutoModelForMaskedLM.from_pretrained("../model", trust_remote_code=True)
+        inputs = torch.load("../inputs.pt")
+        ids, latents = inputs["ids"], inputs["latents"]
+        result = {"logits": model(ids, latents=latents).logits.detach(), "tokens": model.generate(ids, latents=latents)}
+        torch.save(result, "../results.pt")
+        """,
+        tmp_path,
+    )
+    assert process.returncode == 0, process.stderr
+    results = torch.load(tmp_path / "results.pt")
+    torch.testing.assert_close(results["logits"], model(ids, latents=latents).logits.detach())
+    assert torch.equal(results["tokens"], model.generate(ids, latents=latents))
 
 
 def test_importing_the_package_imports_nothing_heavy(tmp_path):
