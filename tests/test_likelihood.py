@@ -755,6 +755,21 @@ def test_bits_of_a_corpus_are_a_ratio_of_sums():
         assert high - low == pytest.approx(2 * 1.96 * result.standard_error)
 
 
+def test_a_difference_of_bounds_is_paired_over_rows():
+    model, other, rows = tiny_model(latent_size=0), tiny_model(latent_size=0), digits(10, 4)
+    nn.init.normal_(other.lm_head.weight)
+    labels = rows.masked_fill(torch.arange(4) >= torch.arange(10)[:, None] % 4 + 1, -100)  # 1 to 4 scored tokens
+    batches, counts = [{"input_ids": rows, "labels": labels}], labels.ne(-100).sum(-1)
+    bits = [nelbo(one, rows, labels=labels).nelbo / math.log(2) for one in (model, other)]
+    bounds = [corpus_bound(one, batches) for one in (model, other)]
+    difference, error = bounds[0].difference(bounds[1])
+    assert difference == pytest.approx(bounds[0].bits_per_token - bounds[1].bits_per_token, rel=1e-4)
+    residuals = bits[0] - bits[1] - difference * counts
+    assert error == pytest.approx((residuals.square().sum() / 9 * 10).sqrt().item() / counts.sum().item(), rel=1e-3)
+    with pytest.raises(ValueError, match="other must be a bound of the same rows, got 10 of 40 tokens, not 10 of 23"):
+        bounds[0].difference(corpus_bound(other, [{"input_ids": rows}]))
+
+
 def test_the_error_of_a_corpus_with_rows_of_many_lengths_is_that_of_the_jackknife():
     model, rows = tiny_model(latent_size=0), digits(60, 8)
     labels = rows.masked_fill(torch.arange(8) >= torch.arange(60)[:, None] % 9, -100)  # 0 to 8 scored tokens

@@ -22,7 +22,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from vmd_hf import corpus_bound
 from vmd_hf.data.sudoku import format_boards, generate_puzzles, solve_puzzles
-from vmd_hf.data.text import character_tokenizer, text_datasets
+from vmd_hf.data.text import character_tokenizer, evenly_spaced, text_datasets
 from vmd_hf.training import last_whole_checkpoint
 
 SCRIPTS = Path(train_vmd.__file__).parent
@@ -180,13 +180,23 @@ def test_an_adapter_is_trained_on_one_author_resumed_and_evaluated_beside_its_ba
     tables = json.loads(Path(adapter, "results.json").read_text())
     assert all("author=b" in title for title in tables)
     _, bounds, samples, quality = tables.values()
-    assert [(row["adapter"], row["num_steps"]) for row in bounds] == [("no", 1), ("no", 2), ("yes", 1), ("yes", 2)]
+    lines = [(name, number) for name in ("baseline", "this one") for number in (1, 2)]
+    assert [(row["model"], row["num_steps"]) for row in bounds] == lines
     evaluate_vmd.main([f"--model={base}", *arguments])
     of_base = list(json.loads(Path(base, "results.json").read_text()).values())[1]
     assert [row["bits_per_token"] for row in bounds[:2]] == [row["bits_per_token"] for row in of_base]
     assert all(row["low"] < row["bits_per_token"] < row["high"] for row in bounds)
     for before, after in zip(bounds[:2], bounds[2:], strict=True):
         assert after["high"] < before["low"]
+        assert after["difference"] == pytest.approx(after["bits_per_token"] - before["bits_per_token"], rel=1e-6)
+        assert after["difference_low"] < after["difference"] < after["difference_high"] < 0
+    arguments += ["--num_draws", "1", "2"]  # of a model without a latent there is nothing to draw
+    evaluate_vmd.main([f"--model={adapter}", *arguments, f"--baseline={judge}"])
+    beside = list(json.loads(Path(adapter, "results.json").read_text()).values())[1]
+    assert [row["num_draws"] for row in beside] == [1, 1, 1, 2, 1, 2]
+    for row in beside[2:]:
+        (of_judge,) = [other for other in beside[:2] if other["num_steps"] == row["num_steps"]]
+        assert row["difference"] == pytest.approx(row["bits_per_token"] - of_judge["bits_per_token"], rel=1e-6)
 
     assert [row["num_steps"] for row in samples] == [1, 2]
     assert [row["num_steps"] for row in quality] == ["(test rows)", 1, 2]
@@ -195,7 +205,9 @@ def test_an_adapter_is_trained_on_one_author_resumed_and_evaluated_beside_its_ba
     judge, tokenizer = AutoModelForMaskedLM.from_pretrained(judge), AutoTokenizer.from_pretrained(judge)
     rows = text_datasets(source.removeprefix("--source="), tokenizer, 16, where=["author=b"])["test"]
     assert {row["num_tokens"] for row in bounds} == {16 * len(rows)}  # all of this author's, and nobody else's
-    found = corpus_bound(judge, [{"input_ids": rows[:3]["input_ids"]}])  # an autoregressive model's likelihood
+    found = corpus_bound(
+        judge, [{"input_ids": evenly_spaced(rows, 3)[:]["input_ids"]}]
+    )  # an autoregressive model's likelihood
     assert quality[0]["judge_perplexity"] == pytest.approx(2**found.bits_per_token, rel=1e-4)
 
 

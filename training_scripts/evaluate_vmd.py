@@ -8,14 +8,14 @@
     python training_scripts/evaluate_vmd.py --model outputs/boards --task boards --num_steps 5 10 20 40 81
 
 Synthetic settings: accuracy (share of samples inside the support) and KL(target || samples) over the support in nats,
-a support point that was never sampled counted as half a sample. Text: the objective on the test split; upper bounds on
-the bits a token of the sampler of each number of steps, with their 95 % interval (of an adapter also without it); and
-samples with the share of their words that occur in the training text, and what a judge thinks of them and of as many
-test rows. Sudoku: share of puzzles solved, with a 95 % interval (Wilson), for each remasking rule and number of steps,
-and by clue count and rating; with `--num_attempts` also how it grows when boards that break a rule are tried again in
-other symmetries, and the forward passes that a puzzle takes then. Boards: few clues that leave many
-solutions, completed at temperature 1: the shares of valid boards and of valid rows, columns and boxes, and how many
-boards differ.
+a support point that was never sampled counted as half a sample. Text: the objective on the test split; upper bounds
+on the bits a token of the sampler of each number of steps, with their 95 % interval over rows, and beside a baseline
+(of an adapter the model that it is for) the difference on the same rows with its own; and samples with the share of
+their words that occur in the training text, and what a judge thinks of them and of as many test rows. Sudoku: share
+of puzzles solved, with a 95 % interval (Wilson), for each remasking rule and number of steps, and by clue count and
+rating; with `--num_attempts` also how it grows when boards that break a rule are tried again in other symmetries, and
+the forward passes that a puzzle takes then. Boards: few clues that leave many solutions, completed at temperature 1:
+the shares of valid boards and of valid rows, columns and boxes, and how many boards differ.
 """
 
 import json
@@ -42,7 +42,7 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from vmd_hf import corpus_bound, metrics
+from vmd_hf import CorpusBound, corpus_bound, metrics
 from vmd_hf.data.sudoku import (
     PuzzleTable,
     board_ids,
@@ -67,6 +67,7 @@ SAMPLERS = {
     "one z kept, sampled": {"resample_latents": False, "do_sample": True},
     "fresh z per step, sampled": {"resample_latents": True, "do_sample": True},
 }
+DIFFERENCE = ("difference", "difference_low", "difference_high")
 
 
 @dataclass
@@ -84,6 +85,9 @@ class EvaluationArguments:
     num_samples: int = field(default=100_000, metadata={"help": "Samples of a synthetic setting."})
     batch_size: int = 10_000
     num_texts: int = field(default=32, metadata={"help": "Texts to sample."})
+    baseline: str | None = field(
+        default=None, metadata={"help": "Model to compare bounds with; default: the one that an adapter is for."}
+    )
     judge: str | None = field(default=None, metadata={"help": "Autoregressive model that reads the samples."})
     bound: Literal["per_sample", "per_step"] = field(default="per_step", metadata={"help": "See vmd_hf.nelbo."})
     num_draws: list[int] = field(
@@ -169,17 +173,18 @@ def largest_step(width: int, num_steps: int) -> int:
     return int(most_revealed(torch.tensor(width), torch.tensor(num_steps)))
 
 
-def evaluate_bounds(
+def corpus_bounds(
     model: PreTrainedModel, batches: list[torch.Tensor], args: EvaluationArguments
-) -> list[dict[str, Any]]:
-    """`corpus_bound` for each number of steps and draws; of steps without a latent, which draw nothing, only once."""
-    config, results = model.config, []
+) -> dict[tuple[int, int], tuple[CorpusBound, float]]:
+    """`corpus_bound` for each number of steps and draws, with the seconds that it took; of steps without a latent,
+    which draw nothing, only once."""
+    config, found = model.config, {}
     width = config.block_size or batches[0].shape[1]
     for num_steps in args.num_steps:
         has_latent = config.latent_size > 0 and largest_step(width, num_steps) >= config.latent_min_tokens
         for num_draws in args.num_draws if has_latent else [1]:
             start = time.perf_counter()
-            found = corpus_bound(
+            bound = corpus_bound(
                 model,
                 [{"input_ids": batch} for batch in batches],
                 bound=args.bound,
@@ -188,21 +193,47 @@ def evaluate_bounds(
                 generator=torch.Generator().manual_seed(args.seed),
                 show_progress=sys.stderr.isatty(),
             )
-            low, high = found.interval
-            results.append(
-                {
-                    "bound": args.bound,
-                    "num_steps": num_steps,
-                    "num_draws": num_draws,
-                    "bits_per_token": found.bits_per_token,
-                    "low": low,
-                    "high": high,
-                    "kl_bits_per_token": found.kl_bits_per_token,
-                    "num_tokens": found.num_tokens,
-                    "seconds": time.perf_counter() - start,
-                }
-            )
-    return results
+            found[num_steps, num_draws] = bound, time.perf_counter() - start
+    return found
+
+
+def evaluate_bounds(
+    model: PreTrainedModel,
+    batches: list[torch.Tensor],
+    args: EvaluationArguments,
+    baseline: PreTrainedModel | None = None,
+) -> list[dict[str, Any]]:
+    """A line for each of `corpus_bounds`; with a baseline first its own, then the model's with their differences from
+    it (where only one of them draws latents, from its bound of the same number of steps)."""
+    found, others = ({} if one is None else corpus_bounds(one, batches, args) for one in (model, baseline))
+    lines = [bound_line(args.bound, *key, *value) for key, value in found.items()]
+    if baseline is None:
+        return lines
+    for line, (bound, _) in zip(lines, found.values(), strict=True):
+        num_steps = line["num_steps"]
+        _, draws = max(key for key in others if key[0] == num_steps and key[1] <= line["num_draws"])
+        difference, error = bound.difference(others[num_steps, draws][0])
+        line |= dict(zip(DIFFERENCE, (difference, difference - 1.96 * error, difference + 1.96 * error), strict=True))
+    of_baseline = [bound_line(args.bound, *key, *value) for key, value in others.items()]
+    return [
+        *({"model": "baseline", **line, **dict.fromkeys(DIFFERENCE)} for line in of_baseline),
+        *({"model": "this one", **line} for line in lines),
+    ]
+
+
+def bound_line(name: str, num_steps: int, num_draws: int, bound: CorpusBound, seconds: float) -> dict[str, Any]:
+    low, high = bound.interval
+    return {
+        "bound": name,
+        "num_steps": num_steps,
+        "num_draws": num_draws,
+        "bits_per_token": bound.bits_per_token,
+        "low": low,
+        "high": high,
+        "kl_bits_per_token": bound.kl_bits_per_token,
+        "num_tokens": bound.num_tokens,
+        "seconds": seconds,
+    }
 
 
 def evaluate_text(
@@ -233,12 +264,12 @@ def evaluate_text(
         if args.judge:
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             quality.append({"num_steps": num_steps, **quality_of(texts, args.judge)})
-    bounds = evaluate_bounds(model, batches, args)
-    if find_adapter_config_file(args.model):
+    name, baseline = args.baseline, None
+    if name is None and find_adapter_config_file(args.model):
         name = PeftConfig.from_pretrained(args.model).base_model_name_or_path
-        base = AutoModelForMaskedLM.from_pretrained(name).to(model.device).eval()
-        before = evaluate_bounds(base, batches, args)
-        bounds = [{"adapter": used, **row} for used, rows in (("no", before), ("yes", bounds)) for row in rows]
+    if name is not None:
+        baseline = AutoModelForMaskedLM.from_pretrained(name).to(model.device).eval()
+    bounds = evaluate_bounds(model, batches, args, baseline)
     return [evaluate_objective(model, batches)], bounds, samples, quality
 
 

@@ -61,6 +61,7 @@ class CorpusBound:
         standard_error: Of `bits_per_token`, over rows: of the choice of rows and of all that was drawn. NaN for one.
         kl_bits_per_token: The part of `bits_per_token` that is KL(q || p); `None` with several draws in the logarithm.
         num_rows, num_tokens: Rows with scored tokens, and these tokens.
+        row_bits, row_tokens: (num_rows,) float64, what each row adds to both sums.
     """
 
     bits_per_token: float
@@ -68,12 +69,28 @@ class CorpusBound:
     kl_bits_per_token: float | None
     num_rows: int
     num_tokens: int
+    row_bits: torch.Tensor
+    row_tokens: torch.Tensor
 
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of `bits_per_token`, normal approximation."""
         margin = 1.96 * self.standard_error
         return self.bits_per_token - margin, self.bits_per_token + margin
+
+    def difference(self, other: "CorpusBound") -> tuple[float, float]:
+        """This bound less another of the same rows, in bits a token, and its standard error over rows, paired: rows
+        that are hard are so for both models, so that it is much smaller than the errors of the two.
+
+        Raises:
+            ValueError: for other rows.
+        """
+        if not torch.equal(self.row_tokens, other.row_tokens):
+            raise ValueError(
+                f"other must be a bound of the same rows, got {other.num_rows} of {other.num_tokens} tokens, not "
+                f"{self.num_rows} of {self.num_tokens}"
+            )
+        return ratio_of_sums(self.row_bits - other.row_bits, self.row_tokens)
 
 
 @torch.no_grad()
@@ -181,9 +198,9 @@ def corpus_bound(
     num_tokens = int(sum(part.sum() for part in tokens))
     if num_tokens == 0:
         raise ValueError("batches must hold at least one scored token, got none")
-    bits = torch.cat(nats) / math.log(2)
+    bits, row_tokens = torch.cat(nats) / math.log(2), torch.cat(tokens)
     kl_bits = float(torch.cat(kl).sum()) / math.log(2) / num_tokens if kl else None
-    return CorpusBound(*ratio_of_sums(bits, torch.cat(tokens)), kl_bits, len(bits), num_tokens)
+    return CorpusBound(*ratio_of_sums(bits, row_tokens), kl_bits, len(bits), num_tokens, bits, row_tokens)
 
 
 def ratio_of_sums(numerators: torch.Tensor, denominators: torch.Tensor) -> tuple[float, float]:
