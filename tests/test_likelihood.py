@@ -234,6 +234,23 @@ def test_two_samples_are_the_double_integral(num_steps, bound):
     assert output.kl is None
 
 
+def test_all_steps_of_an_order_and_a_closed_kl_leave_the_mean_and_lower_the_variance():
+    """Against one random step times T with log q(z) - log p(z), whose two moments are enumerated."""
+    model, row = toy_model(), row_of(0, 2, 1)
+    epsilon, weights = quadrature(1, NUM_NODES[1])
+    steps = [step for order in itertools.permutations(range(3)) for step in steps_of(order, 2)]
+    moments = torch.zeros(2, dtype=torch.float64)
+    for masked, revealed in steps:
+        mean, log_variance = posterior_of_row(model, row, masked, revealed)
+        z = mean + (0.5 * log_variance).exp() * epsilon
+        log_ratio = 0.5 * (z**2 - epsilon**2 - log_variance).sum(-1).double()
+        values = 2 * (log_ratio - log_likelihood(model, row, masked, revealed, z)).detach()
+        moments += torch.stack([weights @ values, weights @ values**2]) / len(steps)
+    output = nelbo(model, row.expand(3000, -1), bound="per_step", num_steps=2)
+    assert_within_errors(output.nelbo, moments[0])
+    assert output.nelbo.var() < 0.5 * (moments[1] - moments[0] ** 2)
+
+
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_the_parts_add_up_and_the_kl_is_in_closed_form(bound):
     model, row = toy_model(latent_size=2), row_of(2, 0, 1)

@@ -8,6 +8,9 @@ are the revealed sets, x^(k) is the state before step k, and T_n = min(T, n) whe
 - `per_step`, for the sampler that draws a fresh z for each step (`resample_latents=True`):
   `-log p(x_0) <= E_A sum_k { E_q[ sum_{i in A_k} -log p(x_0^i | x^(k), z) ] + KL(q(z | x_0, x^(k), A_k) || p(z)) }`
 
+What is drawn is the order and z: all steps of an order are run, and the KL is in closed form, which leaves less
+variance than one random step times T with log q(z) - log p(z) in its place.
+
 Without a latent they are one, and at T = n it is the usual bound of masked diffusion (MDLM, arXiv 2406.07524). With
 blocks (BD3-LM, arXiv 2503.09573) a row's bound is the sum over its blocks given the clean earlier ones.
 """
