@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import MASK, PAD, tiny_model
 from peft import LoraConfig, get_peft_model
+from tokenizers.normalizers import Strip
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -94,9 +95,12 @@ def test_the_bound_of_a_text_is_that_of_its_own_tokens():
     output = nelbo(model, ids, labels, num_steps=1, generator=torch.Generator().manual_seed(0))
     assert result["num_tokens"] == result["num_characters"] == 2
     assert result["bits_per_character"] == pytest.approx(output.nelbo.item() / 2 / math.log(2), rel=1e-5)
+    tokenizer._tokenizer.normalizer = Strip()
+    with pytest.raises(ValueError, match="a token of their own each"):
+        metrics.load("likelihood_bound").compute(predictions=["12", " "], model=model, tokenizer=tokenizer)
 
 
-def test_a_model_is_no_name():
+def test_a_name_in_place_of_a_model_is_an_error():
     with pytest.raises(ValueError, match="model must be the model itself, got 'vmd'"):
         metrics.load("likelihood_bound").compute(predictions=["1"], model="vmd", tokenizer=synthetic_tokenizer())
 

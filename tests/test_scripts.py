@@ -190,13 +190,22 @@ def test_an_adapter_is_trained_on_one_author_resumed_and_evaluated_beside_its_ba
         assert after["high"] < before["low"]
         assert after["difference"] == pytest.approx(after["bits_per_token"] - before["bits_per_token"], rel=1e-6)
         assert after["difference_low"] < after["difference"] < after["difference_high"] < 0
-    arguments += ["--num_draws", "1", "2"]  # of a model without a latent there is nothing to draw
+    arguments += ["--num_draws", "1", "2"]
     evaluate_vmd.main([f"--model={adapter}", *arguments, f"--baseline={judge}"])
     beside = list(json.loads(Path(adapter, "results.json").read_text()).values())[1]
-    assert [row["num_draws"] for row in beside] == [1, 1, 1, 2, 1, 2]
+    assert [row["num_draws"] for row in beside] == [1, 1, 1, 2, 1, 2]  # without a latent there is nothing to draw
     for row in beside[2:]:
         (of_judge,) = [other for other in beside[:2] if other["num_steps"] == row["num_steps"]]
         assert row["difference"] == pytest.approx(row["bits_per_token"] - of_judge["bits_per_token"], rel=1e-6)
+    evaluate_vmd.main([f"--model={judge}", *arguments, f"--baseline={base}"])
+    beside = list(json.loads(Path(judge, "results.json").read_text()).values())[1]
+    for row, of_base in zip(beside[4:], (beside[1], beside[3]), strict=True):
+        assert of_base["num_draws"] == 2
+        assert row["difference"] == pytest.approx(row["bits_per_token"] - of_base["bits_per_token"], rel=1e-6)
+    with pytest.raises(ValueError, match="baseline is for the task text, got sudoku"):
+        evaluate_vmd.main([f"--model={judge}", "--task=sudoku", f"--baseline={base}"])
+    with pytest.raises(ValueError, match="baseline must have the model's vocabulary"):
+        evaluate_vmd.main([f"--model={judge}", *arguments, f"--baseline={SCRIPTS.parent / 'model_cards' / 'vmd-d1'}"])
 
     assert [row["num_steps"] for row in samples] == [1, 2]
     assert [row["num_steps"] for row in quality] == ["(test rows)", 1, 2]
@@ -280,11 +289,11 @@ def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_aga
     assert again[3]["training"][0] == results[3]["training"][0]  # the stage that both begin with, trained once
     assert not (tmp_path / "out" / "vmd-8-0" / "stage-0").exists()
 
-    with pytest.raises(ValueError, match=r"vmd-8-0/row.json was made with num_eval_rows 4, not 3: .*--output_dir"):
-        compare_text.main([*arguments, "--rows", "vmd-8", "--num_eval_rows=3"])
-    (tmp_path / "out" / "vmd-8-0" / "row.json").unlink()
-    with pytest.raises(ValueError, match=r"stage-0/training.json was made with arguments \['--latent_size"):
-        compare_text.main([*arguments, "--rows", "vmd-8", "--learning_rate=1"])
+    before = sorted((tmp_path / "out").rglob("*"))
+    for name, change in {"num_eval_rows": "--num_eval_rows=3", "arguments": "--learning_rate=1"}.items():
+        with pytest.raises(ValueError, match=f"output_dir must hold rows of the same {name}, got .*settings.json"):
+            compare_text.main([*arguments, "--rows", "mdm", change])
+    assert sorted((tmp_path / "out").rglob("*")) == before
 
 
 def test_a_model_of_whole_boards_completes_clues_that_leave_many_solutions(tmp_path):

@@ -8,8 +8,9 @@ training time: the numbers of updates were chosen for that, and the time that a 
 reads the rows from the start. The bounds are those of `vmd_hf.corpus_bound` (`per_step`) on the test split, for
 samplers of 1, 2, 4 and 8 steps a block, of 32 for whole rows, and of one token a step. Prints a table, writes
 `results.json`, and draws bits a character over forward passes a character, of all rows in the output folder. A row
-or a stage that is there already is not trained again (and must be of the same arguments), and one that was interrupted
-goes on from its last checkpoint. All other arguments are those of train_vmd.py, and change every row.
+or a stage that is there already is not trained again, and one that was interrupted goes on from its last checkpoint;
+so a folder is of one recipe and of the same arguments. All other arguments are those of train_vmd.py, and change every
+row.
 """
 
 import argparse
@@ -94,29 +95,24 @@ def run_row(
 ) -> None:
     """Trains and evaluates one model, unless its results are there."""
     path = output_dir / f"{row}-{seed}" / "row.json"
-    recipe, *changes = recipe_arguments
-    evaluation = {"num_eval_rows": num_eval_rows, "split": split}
-    if read_finished(path, evaluation | {"arguments": changes}):
+    if path.exists():
         return
+    recipe, *changes = recipe_arguments
     stages, stage_folder = [], None
     for number, stage in enumerate(ROWS[row]):
         settings = ["--latent_size", "0"]
         for name, value in stage.items():
             settings += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        settings += [*changes, f"--seed={seed}"]
-        places = ["--model_name_or_path", str(stage_folder)] if stage_folder else []
+        if stage_folder:
+            settings += ["--model_name_or_path", str(stage_folder)]
         stage_folder = output_dir / f"{first_row_that_begins_as(row, number)}-{seed}" / f"stage-{number}"
-        arguments = parse([recipe, *settings, *places, f"--output_dir={stage_folder}"])
-        path_of_stage = stage_folder / "training.json"
-        finished = read_finished(path_of_stage, {"arguments": settings})
-        stages.append(finished or train_stage(arguments, settings, path_of_stage))
+        arguments = parse([recipe, *settings, *changes, f"--seed={seed}", f"--output_dir={stage_folder}"])
+        stages.append(train_stage(arguments, stage_folder / "training.json"))
     model = VMDForMaskedDiffusion.from_pretrained(stage_folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(stage_folder)
     result = {
         "row": row,
         "seed": seed,
-        "arguments": changes,
-        **evaluation,
         "parameters": model.num_parameters(),
         "training": stages,
         **evaluate_row(model, tokenizer, arguments[1], num_eval_rows, split),
@@ -129,26 +125,27 @@ def first_row_that_begins_as(row: str, number: int) -> str:
     return next(other for other in ROWS if ROWS[other][: number + 1] == ROWS[row][: number + 1])
 
 
-def read_finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What was written there when it was done, if it was.
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Writes down what the folder's rows have in common, so that no others get among them.
 
     Raises:
-        ValueError: if it was done by other settings.
+        ValueError: if it holds rows of other settings.
     """
-    if not path.exists():
-        return None
-    result = json.loads(path.read_text())
+    path = folder / "settings.json"
+    found = json.loads(path.read_text()) if path.exists() else settings
     for name, value in settings.items():
-        if result[name] != value:
-            raise ValueError(f"{path} was made with {name} {result[name]}, not {value}: name another --output_dir")
-    return result
+        if found[name] != value:
+            raise ValueError(
+                f"output_dir must hold rows of the same {name}, got {path} with {found[name]}, not {value}"
+            )
+    write_json(path, settings)
 
 
-def train_stage(
-    arguments: tuple[ModelArguments, DataArguments, TrainingArguments], settings: list[str], path: Path
-) -> dict[str, Any]:
-    """Trains, and says how long it takes (whatever part was done before a stop) and how fast it is beside a matrix
-    product in the same type."""
+def train_stage(arguments: tuple[ModelArguments, DataArguments, TrainingArguments], path: Path) -> dict[str, Any]:
+    """Trains, unless that is done, and says how long it takes (whatever part was done before a stop) and how fast it
+    is beside a matrix product in the same type."""
+    if path.exists():
+        return json.loads(path.read_text())
     _, data_args, training_args = arguments
     training_args.resume_from_checkpoint = "true"
     checkpoint = last_whole_checkpoint(training_args.output_dir)
@@ -163,7 +160,6 @@ def train_stage(
     shape = training_args.per_device_train_batch_size, data_args.sequence_length
     peak = matmul_peak(dtype=torch.bfloat16 if training_args.bf16 else torch.float32)
     result = {
-        "arguments": settings,
         "updates": updates,
         "seconds": updates * per_update,
         "tokens_per_second": math.prod(shape) / per_update,
@@ -279,17 +275,16 @@ def main(argv: list[str]) -> None:
     if not (recipe_arguments and recipe_arguments[0].endswith(".yaml")):
         recipe_arguments = [str(RECIPES / "text_comparison.yaml"), *recipe_arguments]
     output_dir = Path(options.output_dir)
+    recipe, *changes = recipe_arguments
+    settings = {"recipe": yaml.safe_load(Path(recipe).read_text()), "arguments": changes, "stages": ROWS}
+    claim(output_dir, settings | {"num_eval_rows": options.num_eval_rows, "eval_split": options.eval_split})
     for seed in options.seeds:
         for row in options.rows:
             run_row(row, seed, recipe_arguments, output_dir, options.num_eval_rows, options.eval_split)
     results = results_in(output_dir)
     print_table("Upper bounds on the bits a character, with their 95 % interval", lines_of(results))
     names = ("row", "seed", "parameters")
-    lines = [
-        {name: result[name] for name in names} | {name: value for name, value in stage.items() if name != "arguments"}
-        for result in results
-        for stage in result["training"]
-    ]
+    lines = [{name: result[name] for name in names} | stage for result in results for stage in result["training"]]
     print_table("Training", lines)
     write_json(output_dir / "results.json", results)
     draw_frontier(results, figure := output_dir / "frontier.png")

@@ -2,6 +2,7 @@
 
     python training_scripts/evaluate_vmd.py --model outputs/d1 --setting d1
     python training_scripts/evaluate_vmd.py --model outputs/sotu --task text --judge outputs/judge
+    python training_scripts/evaluate_vmd.py --model outputs/sotu_latent --task text --baseline outputs/sotu
     python training_scripts/evaluate_vmd.py --model outputs/sotu_lora --task text \\
         --where president=Roosevelt party=Democratic
     python training_scripts/evaluate_vmd.py --model outputs/sudoku --task sudoku --puzzles sudoku.csv
@@ -59,7 +60,7 @@ from vmd_hf.data.synthetic import joint_metrics, target_distribution
 from vmd_hf.data.text import clean_text8, evenly_spaced, load_documents, text_datasets
 from vmd_hf.hub import load_tokenizer
 from vmd_hf.noise_vmd import most_revealed
-from vmd_hf.training import ACTIVE_UNIT_VARIANCE
+from vmd_hf.training import active_units, moments
 
 SAMPLERS = {
     "one z kept, argmax": {"resample_latents": False},
@@ -162,9 +163,7 @@ def evaluate_objective(model: PreTrainedModel, batches: list[torch.Tensor]) -> d
     for name in ("loss", "reconstruction_loss", "kl"):
         result[name] = float((torch.stack([output[name] for output in outputs]) * weights).sum() / weights.sum())
     if model.config.latent_size:
-        shifts = torch.cat([output.posterior_shift.flatten(0, -2) for output in outputs])
-        shifts = shifts[(shifts != 0).any(-1)]  # not of the null latent
-        result["active_units"] = int((shifts.var(0) > ACTIVE_UNIT_VARIANCE).sum())
+        result["active_units"] = active_units(sum(moments(output.posterior_shift) for output in outputs))
     return result
 
 
@@ -204,19 +203,21 @@ def evaluate_bounds(
     baseline: PreTrainedModel | None = None,
 ) -> list[dict[str, Any]]:
     """A line for each of `corpus_bounds`; with a baseline first its own, then the model's with their differences from
-    it (where only one of them draws latents, from its bound of the same number of steps)."""
+    it: at as many draws, or, of a model without a latent, from the baseline's bound with the most."""
     found, others = ({} if one is None else corpus_bounds(one, batches, args) for one in (model, baseline))
     lines = [bound_line(args.bound, *key, *value) for key, value in found.items()]
     if baseline is None:
         return lines
     for line, (bound, _) in zip(lines, found.values(), strict=True):
-        num_steps = line["num_steps"]
-        _, draws = max(key for key in others if key[0] == num_steps and key[1] <= line["num_draws"])
-        difference, error = bound.difference(others[num_steps, draws][0])
+        key = line["num_steps"], line["num_draws"]
+        own, of_baseline = ([other for other in keys if other[0] == key[0]] for keys in (found, others))
+        if min(len(own), len(of_baseline)) == 1:
+            key = max(of_baseline)
+        difference, error = bound.difference(others[key][0])
         line |= dict(zip(DIFFERENCE, (difference, difference - 1.96 * error, difference + 1.96 * error), strict=True))
-    of_baseline = [bound_line(args.bound, *key, *value) for key, value in others.items()]
+    lines_of_baseline = [bound_line(args.bound, *key, *value) for key, value in others.items()]
     return [
-        *({"model": "baseline", **line, **dict.fromkeys(DIFFERENCE)} for line in of_baseline),
+        *({"model": "baseline", **line, **dict.fromkeys(DIFFERENCE)} for line in lines_of_baseline),
         *({"model": "this one", **line} for line in lines),
     ]
 
@@ -236,11 +237,23 @@ def bound_line(name: str, num_steps: int, num_draws: int, bound: CorpusBound, se
     }
 
 
+def baseline_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments
+) -> PreTrainedModel | None:
+    name = args.baseline
+    if name is None and find_adapter_config_file(args.model):
+        name = PeftConfig.from_pretrained(args.model).base_model_name_or_path
+    elif name is not None and load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"baseline must have the model's vocabulary, got {name} and {args.model}")
+    return None if name is None else AutoModelForMaskedLM.from_pretrained(name).to(model.device).eval()
+
+
 def evaluate_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments
 ) -> tuple[list[dict[str, Any]], ...]:
     """The objective, bounds and samples; and, with a judge, the quality of samples, else no rows."""
     model.eval()
+    baseline = baseline_of(model, tokenizer, args)
     length = model.config.max_position_embeddings
     rows = text_datasets(args.source, tokenizer, length, text_column=args.text_column, where=args.where)["test"]
     batches = torch.as_tensor(evenly_spaced(rows, args.num_eval_rows)[:]["input_ids"]).to(model.device).split(50)
@@ -264,11 +277,6 @@ def evaluate_text(
         if args.judge:
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             quality.append({"num_steps": num_steps, **quality_of(texts, args.judge)})
-    name, baseline = args.baseline, None
-    if name is None and find_adapter_config_file(args.model):
-        name = PeftConfig.from_pretrained(args.model).base_model_name_or_path
-    if name is not None:
-        baseline = AutoModelForMaskedLM.from_pretrained(name).to(model.device).eval()
     bounds = evaluate_bounds(model, batches, args, baseline)
     return [evaluate_objective(model, batches)], bounds, samples, quality
 
@@ -429,6 +437,8 @@ def evaluate(model: PreTrainedModel, args: EvaluationArguments) -> dict[str, lis
 
 def main(argv: list[str]) -> None:
     (args,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(args=argv)
+    if args.baseline is not None and args.task != "text":
+        raise ValueError(f"baseline is for the task text, got {args.task}")
     model = AutoModelForMaskedLM.from_pretrained(args.model)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
         tables = evaluate(model, args)

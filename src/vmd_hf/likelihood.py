@@ -8,8 +8,8 @@ are the revealed sets, x^(k) is the state before step k, and T_n = min(T, n) whe
 - `per_step`, for the sampler that draws a fresh z for each step (`resample_latents=True`):
   `-log p(x_0) <= E_A sum_k { E_q[ sum_{i in A_k} -log p(x_0^i | x^(k), z) ] + KL(q(z | x_0, x^(k), A_k) || p(z)) }`
 
-What is drawn is the order and z: all steps of an order are run, and the KL is in closed form, which leaves less
-variance than one random step times T with log q(z) - log p(z) in its place.
+What is drawn is an order and z. All steps of the order are run, which has less variance than one of them times T; the
+KL is in closed form.
 
 Without a latent they are one, and at T = n it is the usual bound of masked diffusion (MDLM, arXiv 2406.07524). With
 blocks (BD3-LM, arXiv 2503.09573) a row's bound is the sum over its blocks given the clean earlier ones.
@@ -18,7 +18,7 @@ blocks (BD3-LM, arXiv 2503.09573) a row's bound is the sum over its blocks given
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -72,8 +72,8 @@ class CorpusBound:
     kl_bits_per_token: float | None
     num_rows: int
     num_tokens: int
-    row_bits: torch.Tensor
-    row_tokens: torch.Tensor
+    row_bits: torch.Tensor = field(repr=False, compare=False)
+    row_tokens: torch.Tensor = field(repr=False, compare=False)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -83,15 +83,16 @@ class CorpusBound:
 
     def difference(self, other: "CorpusBound") -> tuple[float, float]:
         """This bound less another of the same rows, in bits a token, and its standard error over rows, paired: rows
-        that are hard are so for both models, so that it is much smaller than the errors of the two.
+        that are hard for one model usually are for the other, and then it is much smaller than the errors of the two.
 
         Raises:
-            ValueError: for other rows.
+            ValueError: if the rows differ in number or in scored tokens. (That they are the same is for the caller to
+                see to.)
         """
         if not torch.equal(self.row_tokens, other.row_tokens):
             raise ValueError(
-                f"other must be a bound of the same rows, got {other.num_rows} of {other.num_tokens} tokens, not "
-                f"{self.num_rows} of {self.num_tokens}"
+                "other must be a bound of the same rows in the same order, got "
+                f"{other.num_rows} of {other.num_tokens} tokens, not {self.num_rows} of {self.num_tokens}"
             )
         return ratio_of_sums(self.row_bits - other.row_bits, self.row_tokens)
 

@@ -21,12 +21,26 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 ACTIVE_UNIT_VARIANCE = 0.01
 
 
+def moments(shift: torch.Tensor) -> torch.Tensor:
+    """(3, latent_size) of posterior shifts (..., latent_size): how many are told something (with the null latent, and
+    in slices of tokens that a step does not reveal, they are exactly 0), their sum, and that of their squares."""
+    shift = shift.flatten(0, -2)
+    return torch.stack([shift != 0, shift, shift.square()]).sum(1)
+
+
+def active_units(moments: torch.Tensor) -> int:
+    """Latent dimensions that the posterior uses, see [`VMDMetricsCallback`]; of sums of `moments`."""
+    count, *sums = moments
+    mean, square = (value / count for value in sums)  # NaN, so not active, where there are none
+    return int((square - mean.square() > ACTIVE_UNIT_VARIANCE).sum())
+
+
 class _Sums:
     """Running sums of what one log line reports."""
 
     def __init__(self):
         self.scalars = 0  # (6,): reconstruction_loss, kl, both also times rows, kl_per_latent, latents; summed
-        self.moments = 0  # (3, latent_size): latents, and sums of their posterior shifts and of the squares of these
+        self.moments = 0  # (3, latent_size), see `moments`
         self.rows = 0
 
     def add(self, output, rows: int, scale: float):
@@ -39,9 +53,7 @@ class _Sums:
         self.scalars = self.scalars + torch.cat([parts, parts * rows, latent_kl])
         self.rows += rows
         if output.posterior_shift is not None:
-            shift = output.posterior_shift[:rows].flatten(0, -2)  # with blocks, each has a latent
-            count = (shift != 0).any(-1, keepdim=True).expand_as(shift)  # but for those with the null latent
-            self.moments = self.moments + torch.stack([count, shift, shift.square()]).sum(1)
+            self.moments = self.moments + moments(output.posterior_shift[:rows])
 
 
 class VMDMetricsCallback(TrainerCallback):
@@ -50,9 +62,8 @@ class VMDMetricsCallback(TrainerCallback):
     Training logs gain `reconstruction_loss`, `kl` (both on the scale of `loss`), `kl_per_latent` (nats, mean over
     latents) and `active_units`: the latent dimensions in which the posterior's mean, measured from the prior's in its
     standard deviations, varies over the latents since the last log by a variance above 0.01 (Burda, Grosse,
-    Salakhutdinov, arXiv 1509.00519, whose prior is fixed; with `latent_per_position` slices that are told nothing
-    count, too, with 0). Evaluation metrics gain the same with the prefix of the
-    evaluation. All are those of the rows of all processes.
+    Salakhutdinov, arXiv 1509.00519, whose prior is fixed), over those that are told something. Evaluation metrics gain
+    the same with the prefix of the evaluation. All are those of the rows of all processes.
 
     Pass it in `Trainer(callbacks=[VMDMetricsCallback()])`. The Trainer calls reporters such as TensorBoard before the
     callbacks it is given; for these to see the values too, use
@@ -124,8 +135,8 @@ class VMDMetricsCallback(TrainerCallback):
             return {}
         rows = torch.tensor([float(sums.rows)], device=sums.scalars.device)
         has_latent = torch.is_tensor(sums.moments)
-        moments = sums.moments.flatten() if has_latent else rows.new_zeros(0)
-        total = torch.cat([rows, sums.scalars, moments])
+        shifts = sums.moments.flatten() if has_latent else rows.new_zeros(0)
+        total = torch.cat([rows, sums.scalars, shifts])
         if args.world_size > 1:
             total = reduce(total, "sum")
         rows, scalars = total[0].item(), total[1:7].tolist()
@@ -135,11 +146,9 @@ class VMDMetricsCallback(TrainerCallback):
             reconstruction, kl = (value / rows for value in scalars[2:4])
         values = {"reconstruction_loss": reconstruction}
         if has_latent:
-            count, *moments = total[7:].view(3, -1)
-            mean, square = (moment / count for moment in moments)
             values["kl"] = kl
             values["kl_per_latent"] = scalars[4] / scalars[5]
-            values["active_units"] = int((square - mean.square() > ACTIVE_UNIT_VARIANCE).sum())
+            values["active_units"] = active_units(total[7:].view(3, -1))
         return values
 
 

@@ -235,9 +235,7 @@ def text_datasets(
 
 
 def evenly_spaced(rows: Dataset, num_rows: int) -> Dataset:
-    """So many of the rows, at equal distances: neighbours come from one document, and the first tell of that only.
-
-    All rows if there are no more.
+    """`num_rows` rows at equal distances (the first ones would come from one document), or all if there are no more.
 
     Raises:
         ValueError: for a `num_rows` below 1.

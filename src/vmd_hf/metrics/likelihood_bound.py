@@ -74,6 +74,8 @@ class LikelihoodBound(evaluate.Metric):
                 num_samples=num_samples,
                 generator=generator,
             )
+            if not output.num_tokens.all():
+                raise ValueError("predictions must be texts with a token of their own each, got one without")
             nats.append(output.nelbo.double().cpu())
             tokens.append(output.num_tokens.cpu())
         bits = torch.cat(nats) / math.log(2)
