@@ -11,7 +11,7 @@ are the revealed sets, x^(k) is the state before step k, and T_n = min(T, n) whe
 What is drawn is an order and z. All steps of the order are run, which has less variance than one of them times T; the
 KL is in closed form.
 
-Without a latent they are one, and at T = n it is the usual bound of masked diffusion (MDLM, arXiv 2406.07524). With
+Without a latent the two are one, and at T = n it is the usual bound of masked diffusion (MDLM, arXiv 2406.07524). With
 blocks (BD3-LM, arXiv 2503.09573) a row's bound is the sum over its blocks given the clean earlier ones.
 """
 
