@@ -4,7 +4,6 @@ import peft
 import pytest
 import torch
 from helpers import normal, padded, seeded
-from torch.utils.data import TensorDataset
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -178,7 +177,7 @@ def test_a_folder_becomes_a_vmd_that_trains_saves_and_loads(way, tmp_path):
     if way == "adapters":
         latent_path = ["conditioner", "modulation", "latent_encoder"]
         model = peft.get_peft_model(model, peft.LoraConfig(modules_to_save=latent_path))
-    rows = [{"input_ids": row, "labels": row} for (row,) in TensorDataset(torch.randint(2, 10, (8, 6)).sort().values)]
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(2, 10, (8, 6)).sort().values]
     arguments = {"max_steps": 4, "learning_rate": 1e-2, "report_to": "none", "save_strategy": "no", "use_cpu": True}
     Trainer(model, TrainingArguments(str(tmp_path), **arguments), train_dataset=rows).train()
 

@@ -165,28 +165,27 @@ def posterior_for(model, row):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_steps, resample_latents", [(2, False), (2, True), (3, True)])
-def test_the_reference_is_the_distribution_of_the_sampler(num_steps, resample_latents):
-    """20,000 texts of `generate` against the 27 enumerated probabilities, which sum to 1."""
-    model, num_texts = toy_model(), 20_000
+TEXTS = [row_of(*tokens) for tokens in itertools.product(range(DIGITS), repeat=3)]
+
+
+def assert_the_sampler_draws_from(exact, model, **settings):
+    """20,000 texts of `generate` against the 27 enumerated probabilities of `TEXTS`, which sum to 1."""
     torch.manual_seed(0)
-    texts = model.generate(
-        torch.full((num_texts, 3), DIGITS),
-        num_steps=num_steps,
-        do_sample=True,
-        remasking="random",
-        resample_latents=resample_latents,
-    )
+    num_texts = 20_000
+    masks = torch.full((num_texts, 3), DIGITS)
+    texts = model.generate(masks, do_sample=True, remasking="random", **settings)
     counts = torch.bincount(texts @ row_of(9, 3, 1), minlength=27)
-    exact = torch.tensor(
-        [
-            sampler_log_probability(model, row_of(*tokens), range(3), num_steps, not resample_latents)
-            for tokens in itertools.product(range(DIGITS), repeat=3)
-        ]
-    ).exp()
     assert exact.sum().item() == pytest.approx(1, abs=1e-4)
     chi_square = ((counts - num_texts * exact) ** 2 / (num_texts * exact)).sum()
     assert chi_square < 54  # 26 degrees of freedom: exceeded by chance once in a thousand
+
+
+@pytest.mark.parametrize("num_steps, resample_latents", [(2, False), (2, True), (3, True)])
+def test_the_reference_is_the_distribution_of_the_sampler(num_steps, resample_latents):
+    model = toy_model()
+    exact = [sampler_log_probability(model, row, range(3), num_steps, not resample_latents) for row in TEXTS]
+    settings = {"num_steps": num_steps, "resample_latents": resample_latents}
+    assert_the_sampler_draws_from(torch.tensor(exact).exp(), model, **settings)
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
@@ -411,17 +410,15 @@ def test_the_objective_of_the_paper_can_fall_below_the_entropy_and_the_bounds_ca
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def blocks_of(length, block_size):
-    return [range(start, min(start + block_size, length)) for start in range(0, length, block_size)]
-
-
 @torch.no_grad()
-def before_blocks(model, row):
-    """The last clean hidden state before each block, zeros before the first; each (1, hidden)."""
+def blocks_and_before(model, row):
+    """Each block with the last clean hidden state before it, (1, hidden), zeros before the first."""
     layout = model.model.lay_out(row[None])
     hidden_states, _ = model.model.read(layout.scatter(row[None], 0), layout)
-    blocks = blocks_of(len(row), model.config.block_size)
-    return [hidden_states[:, b.start - 1] if b.start else torch.zeros(1, model.config.hidden_size) for b in blocks]
+    size = model.config.block_size
+    blocks = [range(start, min(start + size, len(row))) for start in range(0, len(row), size)]
+    nothing = torch.zeros(1, model.config.hidden_size)
+    return [(block, hidden_states[:, block.start - 1] if block.start else nothing) for block in blocks]
 
 
 def prior_of_block(model, before):
@@ -435,14 +432,14 @@ def sampler_over_blocks(model, row, num_steps, kept):
     """Exact log-probability of the row: the sum of its blocks', each given the clean ones before it."""
     return sum(
         sampler_log_probability(model, row[: block.stop], block, num_steps, kept, prior_of_block(model, before))
-        for block, before in zip(blocks_of(len(row), model.config.block_size), before_blocks(model, row), strict=True)
+        for block, before in blocks_and_before(model, row)
     )
 
 
 def expected_over_blocks(model, row, labelled, num_steps, bound, num_samples):
     """Sum of the expected bounds of the row's blocks, each given the clean ones before it."""
     total = 0.0
-    for block, before in zip(blocks_of(len(row), model.config.block_size), before_blocks(model, row), strict=True):
+    for block, before in blocks_and_before(model, row):
         positions = [position for position in block if position in labelled]
         if not positions:
             continue
@@ -491,25 +488,13 @@ def test_the_bound_of_a_row_is_the_sum_over_its_blocks(num_samples, prior, bound
 @pytest.mark.parametrize("kept", [True, False])
 def test_with_blocks_and_a_learned_prior_the_sampler_is_the_reference_and_bounds_lie_above_it(kept):
     """Blocks of two tokens and of one; the prior's means and variances are far from those of N(0, I)."""
-    model, num_texts = toy_model(seed=4, block_size=2, prior="learned"), 20_000
+    model = toy_model(seed=4, block_size=2, prior="learned")
     model.model.latent_prior.out_proj.bias.data = torch.tensor([0.8, -1.0])
-    rows = [row_of(*tokens) for tokens in itertools.product(range(DIGITS), repeat=3)]
-    exact = torch.tensor([sampler_over_blocks(model, row, 2, kept) for row in rows])
-    assert exact.exp().sum().item() == pytest.approx(1, abs=1e-4)
-    torch.manual_seed(0)
-    texts = model.generate(
-        torch.full((num_texts, 3), DIGITS),
-        num_steps=2,
-        do_sample=True,
-        remasking="random",
-        resample_latents=not kept,
-    )
-    counts = torch.bincount(texts @ row_of(9, 3, 1), minlength=27)
-    chi_square = ((counts - num_texts * exact.exp()) ** 2 / (num_texts * exact.exp())).sum()
-    assert chi_square < 54  # 26 degrees of freedom: exceeded by chance once in a thousand
+    exact = torch.tensor([sampler_over_blocks(model, row, 2, kept) for row in TEXTS])
+    assert_the_sampler_draws_from(exact.exp(), model, num_steps=2, resample_latents=not kept)
 
     bound = "per_sample" if kept else "per_step"
-    for row, log_probability in zip(rows, exact, strict=True):
+    for row, log_probability in zip(TEXTS, exact, strict=True):
         elbo = expected_over_blocks(model, row, range(3), 2, bound, 1)
         assert elbo > expected_over_blocks(model, row, range(3), 2, bound, 2) > -log_probability
 

@@ -214,9 +214,8 @@ def test_an_adapter_is_trained_on_one_author_resumed_and_evaluated_beside_its_ba
     judge, tokenizer = AutoModelForMaskedLM.from_pretrained(judge), AutoTokenizer.from_pretrained(judge)
     rows = text_datasets(source.removeprefix("--source="), tokenizer, 16, where=["author=b"])["test"]
     assert {row["num_tokens"] for row in bounds} == {16 * len(rows)}  # all of this author's, and nobody else's
-    found = corpus_bound(
-        judge, [{"input_ids": evenly_spaced(rows, 3)[:]["input_ids"]}]
-    )  # an autoregressive model's likelihood
+    # An autoregressive model's bound is its likelihood.
+    found = corpus_bound(judge, [{"input_ids": evenly_spaced(rows, 3)[:]["input_ids"]}])
     assert quality[0]["judge_perplexity"] == pytest.approx(2**found.bits_per_token, rel=1e-4)
 
 

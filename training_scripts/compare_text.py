@@ -27,6 +27,7 @@ import yaml
 from benchmark import matmul_peak
 from evaluate_vmd import (
     EvaluationArguments,
+    batches_of,
     draw_samples,
     evaluate_bounds,
     evaluate_objective,
@@ -39,7 +40,7 @@ from train_vmd import DataArguments, ModelArguments, parse, train
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from vmd_hf import VMDForMaskedDiffusion
-from vmd_hf.data.text import evenly_spaced, text_datasets
+from vmd_hf.data.text import text_datasets
 from vmd_hf.training import last_whole_checkpoint
 
 matplotlib.use("Agg")
@@ -91,13 +92,12 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 
 
 def run_row(
-    row: str, seed: int, recipe_arguments: list[str], output_dir: Path, num_eval_rows: int, split: str
+    row: str, seed: int, recipe: str, changes: list[str], output_dir: Path, num_eval_rows: int, split: str
 ) -> None:
     """Trains and evaluates one model, unless its results are there."""
     path = output_dir / f"{row}-{seed}" / "row.json"
     if path.exists():
         return
-    recipe, *changes = recipe_arguments
     stages, stage_folder = [], None
     for number, stage in enumerate(ROWS[row]):
         settings = ["--latent_size", "0"]
@@ -132,13 +132,15 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         ValueError: if it holds rows of other settings.
     """
     path = folder / "settings.json"
-    found = json.loads(path.read_text()) if path.exists() else settings
+    if not path.exists():
+        write_json(path, settings)
+        return
+    found = json.loads(path.read_text())
     for name, value in settings.items():
         if found[name] != value:
             raise ValueError(
                 f"output_dir must hold rows of the same {name}, got {path} with {found[name]}, not {value}"
             )
-    write_json(path, settings)
 
 
 def train_stage(arguments: tuple[ModelArguments, DataArguments, TrainingArguments], path: Path) -> dict[str, Any]:
@@ -191,7 +193,7 @@ def evaluate_row(
     length = data_args.sequence_length
     width = model.config.block_size or length
     rows = text_datasets(data_args.source, tokenizer, length, text_column=data_args.text_column)[split]
-    batches = torch.as_tensor(evenly_spaced(rows, num_eval_rows)[:]["input_ids"]).to(model.device).split(50)
+    batches = batches_of(rows, num_eval_rows, model.device)
     num_steps = sorted({number for number in (1, 2, 4, 8, 32) if number < width} | {width})
     few, many = ([number for number in num_steps if (number > 8) == is_many] for is_many in (False, True))
     evaluations = [EvaluationArguments(num_steps=few, num_draws=[1, 16])]
@@ -271,16 +273,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--num_eval_rows", type=int, default=300, help="Rows, taken evenly from the split.")
     parser.add_argument("--eval_split", choices=["validation", "test"], default="test", help="validation: to tune on.")
     parser.add_argument("--output_dir", default="outputs/text_comparison")
-    options, recipe_arguments = parser.parse_known_args(argv)
-    if not (recipe_arguments and recipe_arguments[0].endswith(".yaml")):
-        recipe_arguments = [str(RECIPES / "text_comparison.yaml"), *recipe_arguments]
+    options, changes = parser.parse_known_args(argv)
+    is_named = changes and changes[0].endswith(".yaml")
+    recipe = changes.pop(0) if is_named else str(RECIPES / "text_comparison.yaml")
     output_dir = Path(options.output_dir)
-    recipe, *changes = recipe_arguments
     settings = {"recipe": yaml.safe_load(Path(recipe).read_text()), "arguments": changes, "stages": ROWS}
     claim(output_dir, settings | {"num_eval_rows": options.num_eval_rows, "eval_split": options.eval_split})
     for seed in options.seeds:
         for row in options.rows:
-            run_row(row, seed, recipe_arguments, output_dir, options.num_eval_rows, options.eval_split)
+            run_row(row, seed, recipe, changes, output_dir, options.num_eval_rows, options.eval_split)
     results = results_in(output_dir)
     print_table("Upper bounds on the bits a character, with their 95 % interval", lines_of(results))
     names = ("row", "seed", "parameters")

@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from datasets import Dataset
 from peft import PeftConfig
 from rich.console import Console
 from rich.table import Table
@@ -57,8 +58,9 @@ from vmd_hf.data.sudoku import (
     valid_boards,
 )
 from vmd_hf.data.synthetic import joint_metrics, target_distribution
-from vmd_hf.data.text import clean_text8, evenly_spaced, load_documents, text_datasets
+from vmd_hf.data.text import clean_text8, evenly_spaced, load_documents, spaced_indices, text_datasets
 from vmd_hf.hub import load_tokenizer
+from vmd_hf.likelihood import confidence_interval
 from vmd_hf.noise_vmd import most_revealed
 from vmd_hf.training import active_units, moments
 
@@ -153,6 +155,11 @@ def evaluate_synthetic(
             yield {"num_steps": num_steps, "sampler": label, **joint_metrics(samples, target)}, samples
 
 
+def batches_of(rows: Dataset, num_rows: int, device: torch.device) -> list[torch.Tensor]:
+    """Token ids of rows that are taken evenly, (at most 50, length) each."""
+    return list(torch.as_tensor(evenly_spaced(rows, num_rows)[:]["input_ids"]).to(device).split(50))
+
+
 def evaluate_objective(model: PreTrainedModel, batches: list[torch.Tensor]) -> dict[str, Any]:
     """The objective in nats a token (no perplexity if there is a latent; the noise is hashed, so it is the same number
     every time), and how many dimensions of z the posterior uses (see `VMDMetricsCallback`)."""
@@ -204,22 +211,23 @@ def evaluate_bounds(
 ) -> list[dict[str, Any]]:
     """A line for each of `corpus_bounds`; with a baseline first its own, then the model's with their differences from
     it: at as many draws, or, of a model without a latent, from the baseline's bound with the most."""
-    found, others = ({} if one is None else corpus_bounds(one, batches, args) for one in (model, baseline))
+    found = corpus_bounds(model, batches, args)
     lines = [bound_line(args.bound, *key, *value) for key, value in found.items()]
     if baseline is None:
         return lines
-    for line, (bound, _) in zip(lines, found.values(), strict=True):
-        key = line["num_steps"], line["num_draws"]
+    others = corpus_bounds(baseline, batches, args)
+    results = [
+        {"model": "baseline", **bound_line(args.bound, *key, *value), **dict.fromkeys(DIFFERENCE)}
+        for key, value in others.items()
+    ]
+    for line, (key, (bound, _)) in zip(lines, found.items(), strict=True):
         own, of_baseline = ([other for other in keys if other[0] == key[0]] for keys in (found, others))
         if min(len(own), len(of_baseline)) == 1:
             key = max(of_baseline)
         difference, error = bound.difference(others[key][0])
-        line |= dict(zip(DIFFERENCE, (difference, difference - 1.96 * error, difference + 1.96 * error), strict=True))
-    lines_of_baseline = [bound_line(args.bound, *key, *value) for key, value in others.items()]
-    return [
-        *({"model": "baseline", **line, **dict.fromkeys(DIFFERENCE)} for line in lines_of_baseline),
-        *({"model": "this one", **line} for line in lines),
-    ]
+        values = difference, *confidence_interval(difference, error)
+        results.append({"model": "this one", **line, **dict(zip(DIFFERENCE, values, strict=True))})
+    return results
 
 
 def bound_line(name: str, num_steps: int, num_draws: int, bound: CorpusBound, seconds: float) -> dict[str, Any]:
@@ -256,7 +264,7 @@ def evaluate_text(
     baseline = baseline_of(model, tokenizer, args)
     length = model.config.max_position_embeddings
     rows = text_datasets(args.source, tokenizer, length, text_column=args.text_column, where=args.where)["test"]
-    batches = torch.as_tensor(evenly_spaced(rows, args.num_eval_rows)[:]["input_ids"]).to(model.device).split(50)
+    batches = batches_of(rows, args.num_eval_rows, model.device)
     documents = load_documents(args.source, text_column=args.text_column)["train"]
     known = {word for document in documents for word in clean_text8(document).split()}
     samples, quality = [], []
@@ -293,8 +301,7 @@ def puzzles_to_solve(args: EvaluationArguments) -> PuzzleTable:
         )
         return PuzzleTable(puzzles, solutions, {})
     table = read_puzzles(args.puzzles)
-    count = len(table.puzzles)
-    chosen = np.arange(min(args.num_puzzles, count)) * count // min(args.num_puzzles, count)  # files may be sorted
+    chosen = spaced_indices(len(table.puzzles), args.num_puzzles)  # files may be sorted
     solutions = solve_puzzles(table.puzzles[chosen])[1] if table.solutions is None else table.solutions[chosen]
     extras = {name: values[chosen] for name, values in table.extras.items()}
     return PuzzleTable(table.puzzles[chosen], solutions, extras)

@@ -78,8 +78,7 @@ class CorpusBound:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of `bits_per_token`, normal approximation."""
-        margin = 1.96 * self.standard_error
-        return self.bits_per_token - margin, self.bits_per_token + margin
+        return confidence_interval(self.bits_per_token, self.standard_error)
 
     def difference(self, other: "CorpusBound") -> tuple[float, float]:
         """This bound less another of the same rows, in bits a token, and its standard error over rows, paired: rows
@@ -205,6 +204,12 @@ def corpus_bound(
     bits, row_tokens = torch.cat(nats) / math.log(2), torch.cat(tokens)
     kl_bits = float(torch.cat(kl).sum()) / math.log(2) / num_tokens if kl else None
     return CorpusBound(*ratio_of_sums(bits, row_tokens), kl_bits, len(bits), num_tokens, bits, row_tokens)
+
+
+def confidence_interval(estimate: float, standard_error: float) -> tuple[float, float]:
+    """95 %, normal approximation."""
+    margin = 1.96 * standard_error
+    return estimate - margin, estimate + margin
 
 
 def ratio_of_sums(numerators: torch.Tensor, denominators: torch.Tensor) -> tuple[float, float]:

@@ -28,10 +28,10 @@ def moments(shift: torch.Tensor) -> torch.Tensor:
     return torch.stack([shift != 0, shift, shift.square()]).sum(1)
 
 
-def active_units(moments: torch.Tensor) -> int:
+def active_units(sums: torch.Tensor) -> int:
     """Latent dimensions that the posterior uses, see [`VMDMetricsCallback`]; of sums of `moments`."""
-    count, *sums = moments
-    mean, square = (value / count for value in sums)  # NaN, so not active, where there are none
+    count, *powers = sums
+    mean, square = (power / count for power in powers)  # NaN, so not active, where there are none
     return int((square - mean.square() > ACTIVE_UNIT_VARIANCE).sum())
 
 

@@ -234,6 +234,12 @@ def text_datasets(
     return datasets
 
 
+def spaced_indices(count: int, wanted: int) -> list[int]:
+    """`wanted` of the indices 0 to `count` - 1, at equal distances, or all if there are no more."""
+    wanted = min(wanted, count)
+    return [index * count // wanted for index in range(wanted)]
+
+
 def evenly_spaced(rows: Dataset, num_rows: int) -> Dataset:
     """`num_rows` rows at equal distances (the first ones would come from one document), or all if there are no more.
 
@@ -242,8 +248,7 @@ def evenly_spaced(rows: Dataset, num_rows: int) -> Dataset:
     """
     if num_rows < 1:
         raise ValueError(f"`num_rows` must be at least 1, got {num_rows}")
-    num_rows = min(num_rows, len(rows))
-    return rows.select([index * len(rows) // num_rows for index in range(num_rows)])
+    return rows.select(spaced_indices(len(rows), num_rows))
 
 
 def text_stream(

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import evaluate
 
+PAPER_CITATION = """@article{zhang2025variational,
+  title={Variational Masked Diffusion Models}, author={Zhang, Schwing, Zhao}, journal={arXiv:2510.23606}, year={2025}
+}"""
 NAMES = ("joint_distribution", "likelihood_bound", "sudoku_validity", "text_quality")
 
 
@@ -18,4 +21,4 @@ def load(name: str, **kwargs) -> evaluate.EvaluationModule:
     return evaluate.load(str(Path(__file__).with_name(f"{name}.py")), **kwargs)
 
 
-__all__ = ["NAMES", "load"]
+__all__ = ["NAMES", "PAPER_CITATION", "load"]

@@ -5,6 +5,7 @@ import evaluate
 import torch
 
 from vmd_hf.data.synthetic import joint_metrics, target_distribution
+from vmd_hf.metrics import PAPER_CITATION
 
 _DESCRIPTION = """Accuracy (share of samples in the support) and KL(target || samples) in nats over the support, of
 samples of two or four digits against one of the synthetic joint distributions of arXiv 2510.23606. A point of the
@@ -23,17 +24,13 @@ Examples:
     1.0
 """
 
-_CITATION = """@article{zhang2025variational,
-  title={Variational Masked Diffusion Models}, author={Zhang, Schwing, Zhao}, journal={arXiv:2510.23606}, year={2025}
-}"""
-
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class JointDistribution(evaluate.Metric):
     def _info(self):
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
-            citation=_CITATION,
+            citation=PAPER_CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
             features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("int64"))}),
         )

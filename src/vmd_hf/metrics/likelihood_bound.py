@@ -7,6 +7,7 @@ import evaluate
 import torch
 
 from vmd_hf.likelihood import nelbo, ratio_of_sums
+from vmd_hf.metrics import PAPER_CITATION
 
 _DESCRIPTION = """An upper bound on what a masked diffusion model with a latent needs to say a text: bits per
 character, and 2 to the bits per token, a bound on the perplexity. It is the bound of a sampler: which one, and in how
@@ -27,17 +28,13 @@ Returns:
     num_characters, num_tokens, and bound, num_steps, num_samples.
 """
 
-_CITATION = """@article{zhang2025variational,
-  title={Variational Masked Diffusion Models}, author={Zhang, Schwing, Zhao}, journal={arXiv:2510.23606}, year={2025}
-}"""
-
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class LikelihoodBound(evaluate.Metric):
     def _info(self):
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
-            citation=_CITATION,
+            citation=PAPER_CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
             features=datasets.Features({"predictions": datasets.Value("string")}),
         )

@@ -5,6 +5,7 @@ import evaluate
 import numpy as np
 
 from vmd_hf.data.sudoku import group_validity, parse_board, valid_boards
+from vmd_hf.metrics import PAPER_CITATION
 
 _DESCRIPTION = """Share of boards that are complete and repeat no digit in a row, column or box; shares of rows,
 columns and boxes that hold each digit once; number of distinct boards; and, with puzzles as references, the share of
@@ -21,17 +22,13 @@ Examples:
     1.0
 """
 
-_CITATION = """@article{zhang2025variational,
-  title={Variational Masked Diffusion Models}, author={Zhang, Schwing, Zhao}, journal={arXiv:2510.23606}, year={2025}
-}"""
-
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class SudokuValidity(evaluate.Metric):
     def _info(self):
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
-            citation=_CITATION,
+            citation=PAPER_CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
             features=datasets.Features(
                 {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
