@@ -7,7 +7,8 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .modeling_vmd import VMDForMaskedDiffusion, saved_with_code
+from .modeling_vmd import VMDForMaskedDiffusion
+from .saving_vmd import saved_with_code
 
 
 def load_tokenizer(model: str | os.PathLike) -> PreTrainedTokenizerBase:
