@@ -29,7 +29,7 @@ from .generation_vmd import Generators, check_generators, draw, execution_device
 from .latents_vmd import draw_latents, gaussian_kl
 from .modeling_vmd import VMDForMaskedDiffusion
 from .noise_vmd import reveal_rank
-from .objective_vmd import CleanBatch, block_cross_entropy, denoise, posterior, read_clean
+from .objective_vmd import CleanBatch, block_cross_entropy, chain_cross_entropy, denoise, posterior, read_clean
 from .schedule_vmd import most_revealed, num_revealed, step_schedule
 
 Bound = Literal["per_sample", "per_step"]
@@ -155,7 +155,7 @@ def nelbo(
         num_maskable = batch.maskable.sum(-1)  # (batch, N)
         row_steps = step_schedule(num_maskable, num_steps)
         has_latent = most_revealed(num_maskable, row_steps) >= model.config.latent_min_tokens
-        has_latent = has_latent & (model.config.latent_size > 0)  # (batch, N): whether some step has one
+        has_latent = has_latent & (model.config.gaussian_size > 0)  # (batch, N): whether some step has one
         num_samples = num_samples if has_latent.any() else 1
         noise = _draw_noise(model, batch, row_steps, has_latent, bound, num_samples, num_orders, generator)
         batch_size = batch_size or len(input_ids)
@@ -257,9 +257,11 @@ def _draw_noise(model, batch: CleanBatch, row_steps, has_latent, bound, num_samp
         return _Noise(rank, None)
     groups = torch.arange(int(row_steps.max()) if bound == "per_step" else 1, device=device)
     of_step = groups < row_steps[..., None]  # (batch, N, groups)
-    latent = torch.zeros(*of_step.shape, num_orders, num_samples, model.config.latent_size, device=device)
+    latent = torch.zeros(*of_step.shape, num_orders, num_samples, model.config.gaussian_size, device=device)
     counts = of_step.sum((-2, -1)).tolist()
-    latent[of_step] = draw(torch.randn, counts, (num_orders, num_samples, model.config.latent_size), generator, device)
+    latent[of_step] = draw(
+        torch.randn, counts, (num_orders, num_samples, model.config.gaussian_size), generator, device
+    )
     return _Noise(rank, latent)
 
 
@@ -325,7 +327,13 @@ def _cross_entropy(model, rows: CleanBatch, masked, revealed, latents, num_sampl
         outputs = denoise(
             model, chunk, masked[state], revealed[state].sum(-1), None if latents is None else latents[index]
         )
-        parts.append(block_cross_entropy(model, outputs.last_hidden_state, chunk.x_0, revealed[state]))
+        if model.chain is None:
+            parts.append(block_cross_entropy(model, outputs.last_hidden_state, chunk.x_0, revealed[state]))
+        else:
+            joint = torch.ones_like(revealed[state][..., 0])
+            parts.append(
+                chain_cross_entropy(model, outputs.last_hidden_state, chunk, masked[state], revealed[state], joint)
+            )
     return torch.cat(parts).unflatten(0, (len(masked), num_samples))
 
 
