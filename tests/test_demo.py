@@ -250,6 +250,30 @@ def test_given_special_tokens_are_not_shown_and_white_space_is():
     assert traces.token_text(tokenizer.mask_token_id, tokenizer) == "[MASK]"
 
 
+def test_models_run_on_the_accelerator_where_there_is_one(monkeypatch):
+    cpu = ShownModel.load(CARDS / "vmd-d1")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    shown = ShownModel.load(CARDS / "vmd-d1")
+    assert cpu.model.device.type == "cpu" and shown.model.device.type == "meta"
+    assert ShownModel.load(CARDS / "vmd-d1", "cpu").model.device.type == "cpu"
+    devices = []
+
+    def seeded(seed, device="cpu"):
+        devices.append(str(device))
+        return torch.Generator().manual_seed(seed)
+
+    def generate(input_ids, latents, **settings):
+        devices.extend([str(input_ids.device), str(latents.device)])
+        return cpu.model.generate(MASKS[None], latents=z, **settings)
+
+    z = latents_for(cpu.model, MASKS, Settings())
+    monkeypatch.setattr(traces, "_seeded", seeded)
+    monkeypatch.setattr(shown.model, "generate", generate)
+    assert run_model(shown, MASKS, Settings()) == run_model(cpu, MASKS, Settings())
+    assert devices == ["cpu", "meta", "meta", "meta", "cpu", "cpu"]  # z, tokens, then the inputs; and z, tokens again
+
+
 # --- The command -------------------------------------------------------------------------------------------------
 
 
@@ -435,6 +459,9 @@ def test_a_sudoku_is_solved_and_a_bad_one_refused_on_wide_and_narrow_windows(pag
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.get_by_role("tab", name="Sudoku").click()
     page.get_by_text("Valid: every row").wait_for()
+    assert (
+        "with latent_size=0, since a puzzle with one solution" in page.locator("[data-model=vmd-sudoku]").inner_text()
+    )
     board = page.locator("[data-model=vmd-sudoku] .vmd-board")
     assert "".join(board.locator("b").all_inner_texts()) == SOLUTION
     given = board.locator("td").evaluate_all("cells => cells.map(cell => cell.classList.contains('vmd-given'))")

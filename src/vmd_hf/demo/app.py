@@ -87,6 +87,7 @@ def build(
         if solver.model.config.max_position_embeddings < 81:
             length = solver.model.config.max_position_embeddings
             raise ValueError(f"sudoku_models must be made for 81 tokens, got {solver.name} for {length}")
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # what the argument leaves: reports of errors
     with gr.Blocks(title="Variational Masked Diffusion", analytics_enabled=False) as app:
         gr.Markdown(INTRO)
         with gr.Tabs():

@@ -10,8 +10,7 @@ from .verdicts import SEQUENCES, Verdict, counted, in_support, sudoku_verdict
 
 LEVELS = ("below 50 %", "50 to 90 %", "90 to 99 %", "99 % and more")  # of confidence
 WITHOUT_LATENT = (
-    "This model of vmd_hf was trained with latent_size=0, so it is an MDM: a puzzle with one solution leaves a latent "
-    "nothing to encode."
+    "A model of vmd_hf with latent_size=0, since a puzzle with one solution leaves a latent nothing to encode."
 )
 
 
@@ -77,7 +76,7 @@ def sudoku_html(traces: Sequence[Trace], step: int) -> str:
         cells = cells_after(trace, step)[0]
         board = [int(cell.text) if cell.text and cell.text in DIGITS else 0 for cell in cells]
         note = "" if any(trace.latents) else f"<p>{WITHOUT_LATENT}</p>"
-        panels.append(_panel(trace, step, sudoku_verdict(board), board_html(cells, repeats(board)) + note))
+        panels.append(_panel(trace, step, sudoku_verdict(board), board_html(cells, repeats(board)), note))
     return f'<div class="vmd-panels">{"".join(panels)}</div>'
 
 
@@ -123,11 +122,11 @@ def legend_html() -> str:
     return f'<div class="vmd-legend"><span>Confidence:</span>{levels}{others}</div>'
 
 
-def _panel(trace: Trace, step: int, verdict: Verdict, body: str) -> str:
+def _panel(trace: Trace, step: int, verdict: Verdict, body: str, note: str = "") -> str:
     kind = {True: "good", False: "bad", None: "open"}[verdict.good]
     return (
         f'<section class="vmd-panel" data-model="{escape(trace.name)}"><h3>{escape(trace.name)}</h3>'
-        f"<p>{escape(trace.about)} · step {min(step, trace.num_steps)} of {trace.num_steps}</p>"
+        f"<p>{escape(trace.about)} · step {min(step, trace.num_steps)} of {trace.num_steps}</p>{note}"
         f'<p class="vmd-verdict vmd-{kind}">{"" if verdict.good is None else _mark(verdict.good)}'
         f"{escape(verdict.text) or '&nbsp;'}</p>{body}</section>"
     )
