@@ -329,7 +329,11 @@ def space(tmp_path_factory):
     return folder
 
 
-def test_a_space_says_what_it_needs(space):
+def test_a_space_holds_the_package_and_says_what_it_needs(space):
+    package = Path(cli.__file__).parent
+    for folder in ("data/sudoku", "demo", "metrics"):
+        names = {path.name for path in (package / folder).iterdir() if path.name != "__pycache__"}
+        assert names and names <= {path.name for path in (space / "vmd_hf" / folder).iterdir()}
     card = SpaceCard.load(space / "README.md").data
     assert card.sdk == "gradio" and card.app_file == "app.py" and card.sdk_version.startswith("6.")
     needed = {re.match(r"[\w-]+", line)[0] for line in (space / "requirements.txt").read_text().splitlines()}
