@@ -330,7 +330,7 @@ def space(tmp_path_factory):
 
 
 def test_a_space_holds_the_package_and_says_what_it_needs(space):
-    package = Path(cli.__file__).parent
+    package = Path(demo.__file__).parents[1]
     for folder in ("data/sudoku", "demo", "metrics"):
         names = {path.name for path in (package / folder).iterdir() if path.name != "__pycache__"}
         assert names and names <= {path.name for path in (space / "vmd_hf" / folder).iterdir()}
