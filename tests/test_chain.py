@@ -9,7 +9,7 @@ from helpers import digits, of_the_same_weights, padded, randomise, tiny_config,
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion, nelbo
 from vmd_hf.chain_vmd import Transitions, chain_log_probs, draw_states, most_probable_states, state_marginals
-from vmd_hf.objective_vmd import chain_cross_entropy, denoise, read_clean
+from vmd_hf.objective_vmd import chain_cross_entropy, denoise, marginal_logits, read_clean
 
 SHAPES = pytest.mark.parametrize("block_size", [None, 3])
 
@@ -238,6 +238,55 @@ def test_a_step_of_one_token_scores_the_marginals_of_all_masked_tokens(block_siz
         for i in range(3)
     ]
     assert losses[0] == pytest.approx(sum(first) / 3, rel=1e-5)  # T = 3 times a third of the sum, over 3 tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ["left_to_right", "top_prob", "top_prob_margin", "entropy"])
+@pytest.mark.parametrize("num_states", [0, 3])
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_likelihood_along_an_order_is_that_of_the_sampler(order, num_states, num_steps):
+    """The probabilities of all sequences sum to 1, and each is the product over the steps of a plain loop."""
+    model = chain_model(num_states)
+    rows = torch.tensor(list(itertools.product(range(5), repeat=3)))
+    found = (-nelbo(model, rows, order=order, num_steps=num_steps).nelbo.double()).exp()
+    assert found.sum().item() == pytest.approx(1, abs=1e-5)
+    batch = read_clean(model, rows, rows)
+    ends = {1: [0, 3], 2: [0, 1, 3], 3: [0, 1, 2, 3]}[num_steps]
+    for index in (0, 7, 62, 124):
+        row, masked, log_prob = batch.select(torch.tensor([index])), [0, 1, 2], 0.0
+        for before, after in itertools.pairwise(ends):
+            mask = torch.zeros(1, 1, 3, dtype=torch.bool)
+            mask[0, 0, masked] = True
+            hidden_states = denoise(model, row, mask, mask.sum(-1)).last_hidden_state
+            probs = marginal_logits(model, hidden_states, row, mask).softmax(-1)
+            best = probs.sort(-1, descending=True).values
+            keys = {
+                "left_to_right": -torch.arange(3.0)[masked],
+                "top_prob": best[:, 0],
+                "top_prob_margin": best[:, 0] - best[:, 1],
+                "entropy": torch.special.xlogy(probs, probs).sum(-1),
+            }
+            chosen = [masked[place] for place in keys[order].argsort(descending=True)[: after - before]]
+            now = torch.zeros_like(mask)
+            now[0, 0, chosen] = True
+            if num_states:
+                log_prob -= chain_cross_entropy(model, hidden_states, row, mask, now, mask.any(-1)).item()
+            else:
+                log_prob += sum(probs[masked.index(column), rows[index, column]].log().item() for column in chosen)
+            masked = [column for column in masked if column not in chosen]
+        assert math.log(found[index]) == pytest.approx(log_prob, abs=1e-4)
+
+
+@SHAPES
+def test_an_order_changes_nothing_in_one_step(block_size):
+    model, rows = chain_model(block_size=block_size), digits(3, 6) % 5
+    exact = nelbo(model, rows)
+    assert exact.standard_error.eq(0).all()  # there is nothing to draw
+    torch.testing.assert_close(nelbo(model, rows, order="entropy", batch_size=2).nelbo, exact.nelbo)
+    with pytest.raises(ValueError, match="order must be 'random' with a Gaussian latent"):
+        nelbo(tiny_model(), rows, order="entropy")
+    with pytest.raises(ValueError, match=r"order must be one of .* got .best."):
+        nelbo(model, rows, order="best")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ import torch
 from torch.nn import functional as F
 
 from .blocks_vmd import CleanContext, Layout
-from .chain_vmd import chain_log_probs
+from .chain_vmd import chain_log_probs, state_marginals
 from .checks_vmd import check_keywords, check_labels, check_noise, check_shape
 from .latents_vmd import draw_latents, gaussian_kl, standardised
 from .noise_vmd import (
@@ -251,6 +251,18 @@ def chain_cross_entropy(
     return -found.sum(-1).view(batch.x_0.shape[:2])
 
 
+def marginal_logits(model, hidden_states: torch.Tensor, batch: CleanBatch, masked: torch.Tensor) -> torch.Tensor:
+    """Logits of p(x^i | x_t) of each masked token, (tokens, vocabulary) float32, in the order of `masked` (batch, N,
+    width); `hidden_states` (batch, N * width, hidden) are those of the denoiser."""
+    hidden_states = batch.layout.blocks(hidden_states)
+    logits = model.compute_logits(hidden_states[masked]).float()
+    if model.chain is None:
+        return logits
+    transitions = model.chain.transitions(hidden_states.flatten(0, 1), batch.layout.restarts())
+    states = state_marginals(transitions, masked.flatten(0, 1)).view(*masked.shape, -1)
+    return model.chain.marginal_log_probs(hidden_states[masked], logits, states[masked])
+
+
 def chain_loss(
     model, batch: CleanBatch, corruption: Corruption, num_items_in_batch: torch.Tensor | int | None = None, **kwargs
 ) -> Loss:
@@ -343,9 +355,12 @@ def variational_loss(
 __all__ = [
     "CleanBatch",
     "block_cross_entropy",
+    "chain_cross_entropy",
+    "chain_loss",
     "corrupt",
     "denoise",
     "last_before_blocks",
+    "marginal_logits",
     "posterior",
     "read_clean",
     "variational_loss",
