@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -88,4 +89,9 @@ def upload_model(
         return upload_folder(folder, repo_id, **settings)
 
 
-__all__ = ["export_model", "load_tokenizer", "saved_with_code", "upload_folder", "upload_model"]
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+__all__ = ["default_device", "export_model", "load_tokenizer", "saved_with_code", "upload_folder", "upload_model"]

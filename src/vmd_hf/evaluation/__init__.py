@@ -1,0 +1,1 @@
+"""Measurements of a trained model, one subject a file, each as rows of numbers (see `tables`)."""
