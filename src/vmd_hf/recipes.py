@@ -41,7 +41,7 @@ _PARSED_AS = {
 
 
 def _config_arguments() -> type:
-    """A dataclass of the fields of `VMDConfig` that a recipe may set, each with the first sentence of its docstring."""
+    """A dataclass of the fields of `VMDConfig` that a recipe may set; the help is first sentences of its docstring."""
     entries = re.findall(r"^ {8}(\w[\w, ]*): (.*(?:\n {12}.*)*)", VMDConfig.__doc__ or "", flags=re.MULTILINE)
     texts = {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
     fields = []

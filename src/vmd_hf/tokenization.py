@@ -27,7 +27,8 @@ def task_tokenizer(
         return own
     tokenizer = load_tokenizer(model)
     if tokenizer.get_vocab() != own.get_vocab():
-        raise ValueError(f"the model of a {task} task must have its vocabulary, {sorted(own.get_vocab())}, got {model}")
+        vocabulary = " ".join(own.get_vocab())
+        raise ValueError(f"the model of the task {task} must have its vocabulary, {vocabulary}, got {model}")
     return tokenizer
 
 

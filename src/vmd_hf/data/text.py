@@ -234,8 +234,8 @@ def text_datasets(
     documents = load_documents(source, seed, held_out_fraction, text_column, config_name, where)
     if clean:
         logger.warning_once(
-            f"The text of {source} is reduced to 27 characters: a to z in lower case, digits spelled out, and one space "
-            "for all between words."
+            f"The text of {source} is reduced to 27 characters: a to z in lower case, and one space for all that is "
+            "between words; digits are spelled out."
         )
     datasets = DatasetDict()
     for name, texts in documents.items():

@@ -48,8 +48,8 @@ def other_tables(path: str | os.PathLike, titles: Collection[str], overwrite: bo
         raise ValueError(f"output must be a file of tables, lists of rows under a title, got {path}")
     if not overwrite and (taken := [title for title in titles if title in tables]):
         raise ValueError(
-            f"output must not hold what is to be measured, got {path} with {'; '.join(taken)}: --overwrite replaces it, "
-            "and --output names another file"
+            f"output must not hold what is to be measured, got {path} with {'; '.join(taken)}: replace it by "
+            "--overwrite, or name another file by --output"
         )
     return {title: rows for title, rows in tables.items() if title not in titles}
 
