@@ -23,6 +23,7 @@ is measured, unless `--overwrite` is given.
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -33,7 +34,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokeni
 from vmd_hf.data.text import clean_text8, evenly_spaced, has_text8_alphabet, load_documents, text_datasets
 from vmd_hf.evaluation.sudoku import evaluate_boards, evaluate_sudoku, puzzles_to_solve
 from vmd_hf.evaluation.synthetic import evaluate_synthetic
-from vmd_hf.evaluation.tables import Row, other_tables, print_table, write_json
+from vmd_hf.evaluation.tables import Row, print_table, tables_to_join, write_json
 from vmd_hf.evaluation.text import (
     batches_of,
     evaluate_bounds,
@@ -186,13 +187,13 @@ def main(argv: list[str]) -> None:
     if args.baseline is not None and args.task != "text":
         raise ValueError(f"baseline is for the task text, got {args.task}")
     output, titles = args.output or Path(args.model) / "results.json", titles_of(args)
-    others = other_tables(output, titles, args.overwrite)
+    found = tables_to_join(output, titles, args.overwrite)
     model = AutoModelForMaskedLM.from_pretrained(args.model).to(args.device or default_device()).eval()
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+    with torch.autocast(model.device.type, torch.bfloat16) if args.bf16 else nullcontext():
         tables = dict(zip(titles, evaluate(model, args), strict=True))
     for title, rows in tables.items():
         print_table(title, rows)
-    write_json(output, others | tables)
+    write_json(output, found | tables)
 
 
 if __name__ == "__main__":

@@ -109,12 +109,12 @@ class DataArguments:
 
 
 def argument_parser(dataclasses: Sequence[type]) -> HfArgumentParser:
-    """A parser by which whatever a recipe sets can be cleared: `none` clears an optional value (`--block_size none`),
-    and a list that may be empty is so with nothing behind its name (`--where`)."""
+    """A parser by which what a recipe sets can be cleared: `none` clears an optional value (`--block_size none`; not
+    of the Trainer's arguments, to some of which "none" is a value), and a list that may be empty is so with nothing
+    behind its name (`--where`)."""
     parser = HfArgumentParser(dataclasses)
-    optional = {
-        name for dtype in dataclasses for name, hint in get_type_hints(dtype).items() if NoneType in get_args(hint)
-    }
+    hints = [item for dtype in dataclasses if dtype is not TrainingArguments for item in get_type_hints(dtype).items()]
+    optional = {name for name, hint in hints if NoneType in get_args(hint)}
     for action in parser._actions:
         if action.default == []:
             action.nargs = "*"

@@ -34,9 +34,8 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     os.replace(partial, path)
 
 
-def other_tables(path: str | os.PathLike, titles: Collection[str], overwrite: bool) -> dict[str, list[Row]]:
-    """The tables of a file, which those of these titles are to join: all that have other titles, none if there is no
-    file.
+def tables_to_join(path: str | os.PathLike, titles: Collection[str], overwrite: bool) -> dict[str, list[Row]]:
+    """The tables of a file that those of these titles are to join, or to replace; none if there is no file.
 
     Raises:
         ValueError: without `overwrite`, if the file has one of these titles; if it holds no tables.
@@ -51,7 +50,7 @@ def other_tables(path: str | os.PathLike, titles: Collection[str], overwrite: bo
             f"output must not hold what is to be measured, got {path} with {'; '.join(taken)}: replace it by "
             "--overwrite, or name another file by --output"
         )
-    return {title: rows for title, rows in tables.items() if title not in titles}
+    return tables
 
 
-__all__ = ["Row", "other_tables", "print_table", "write_json"]
+__all__ = ["Row", "print_table", "tables_to_join", "write_json"]
