@@ -231,8 +231,8 @@ def test_an_adapter_is_trained_on_one_author_resumed_and_evaluated_beside_its_ba
         assert after["high"] < before["low"]
         assert after["difference"] == pytest.approx(after["bits_per_token"] - before["bits_per_token"], rel=1e-6)
         assert after["difference_low"] < after["difference"] < after["difference_high"] < 0
-    arguments += ["--num_draws", "1", "2"]
-    evaluate_vmd.main([f"--model={adapter}", *arguments, f"--baseline={judge}", "--overwrite"])
+    arguments += ["--num_draws", "1", "2", "--overwrite"]
+    evaluate_vmd.main([f"--model={adapter}", *arguments, f"--baseline={judge}"])
     beside = list(json.loads(Path(adapter, "results.json").read_text()).values())[1]
     assert [row["num_draws"] for row in beside] == [1, 1, 1, 2, 1, 2]  # without a latent there is nothing to draw
     for row in beside[2:]:
@@ -343,7 +343,7 @@ def test_results_are_joined_and_not_overwritten_without_a_word(tmp_path):
     path = tmp_path / "results.json"
     before = json.loads(path.read_text())
     assert list(before) == ["d1, 20 samples", "d2, 20 samples"]
-    with pytest.raises(ValueError, match=r"output must not hold .*results.json with d1, 20 samples: .*--overwrite"):
+    with pytest.raises(ValueError, match=r"output must not hold .*results.json with 'd1, 20 samples': .*--overwrite"):
         evaluate_vmd.main([*arguments, "--num_steps=2"])
     assert json.loads(path.read_text()) == before
     evaluate_vmd.main([*arguments, "--num_steps=2", "--overwrite"])
