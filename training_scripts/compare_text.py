@@ -24,15 +24,14 @@ from typing import Any
 import matplotlib
 import torch
 import yaml
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from vmd_hf import VMDForMaskedDiffusion
 from vmd_hf.data.text import text_datasets
 from vmd_hf.evaluation.sampling import draw_samples
 from vmd_hf.evaluation.speed import flops_of_update, matmul_peak
 from vmd_hf.evaluation.tables import print_table, write_json
 from vmd_hf.evaluation.text import batches_of, evaluate_bounds, evaluate_objective, largest_step
-from vmd_hf.hub import default_device
+from vmd_hf.hub import default_device, load_model, load_tokenizer
 from vmd_hf.recipes import DataArguments, ModelArguments, parse
 from vmd_hf.training import last_whole_checkpoint
 from vmd_hf.training_run import train
@@ -109,8 +108,8 @@ def run_row(
         stage_folder = output_dir / f"{first_row_that_begins_as(row, number)}-{seed}" / f"stage-{number}"
         arguments = parse([recipe, *settings, *changes, f"--seed={seed}", f"--output_dir={stage_folder}"])
         stages.append(train_stage(arguments, stage_folder / "training.json"))
-    model = VMDForMaskedDiffusion.from_pretrained(stage_folder).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(stage_folder)
+    model = load_model(stage_folder, device)
+    tokenizer = load_tokenizer(stage_folder)
     result = {
         "row": row,
         "seed": seed,

@@ -19,10 +19,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from transformers import AutoModelForMaskedLM, HfArgumentParser, PreTrainedModel
+from transformers import HfArgumentParser, PreTrainedModel
 
 from vmd_hf.data.sudoku import parse_board
-from vmd_hf.hub import default_device, load_tokenizer
+from vmd_hf.hub import load_model, load_tokenizer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -138,7 +138,7 @@ def main(argv: list[str]) -> None:
     folders = [Path(name) for name in args.model]
     accuracy_over_steps(folders)
     accuracy_over_training(folders, args.remasking, args.num_steps)
-    model = AutoModelForMaskedLM.from_pretrained(folders[0]).to(args.device or default_device()).eval()
+    model = load_model(folders[0], args.device)
     board_that_fills(folders[0], model, args.puzzle, args.remasking, args.num_steps)
 
 

@@ -18,11 +18,14 @@ trained on the tokens of its own tokenizer.
 import sys
 
 from vmd_hf.recipes import parse
-from vmd_hf.training_run import train
 
 
 def main(argv: list[str]) -> None:
-    trainer = train(*parse(argv))
+    arguments = parse(argv)
+
+    from vmd_hf.training_run import train  # and torch, which --help does without
+
+    trainer = train(*arguments)
     trainer.accelerator.end_training()  # several processes take leave of one another
 
 

@@ -1,16 +1,14 @@
 """What a recipe holds: the arguments of a training, from a YAML file and the command line."""
 
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from inspect import get_annotations
-from types import NoneType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Literal
 
-import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
+from .arguments import argument_parser
 from .configuration_vmd import VMDConfig
 
 # What the tokenizer, the data and the length of training decide, and what fits on no command line.
@@ -108,31 +106,6 @@ class DataArguments:
     num_eval_rows: int = field(default=1000, metadata={"help": "Rows to evaluate on while training."})
 
 
-def argument_parser(dataclasses: Sequence[type]) -> HfArgumentParser:
-    """A parser by which what a recipe sets can be cleared: `none` clears an optional value (`--block_size none`; not
-    of the Trainer's arguments, to some of which "none" is a value), and a list that may be empty is so with nothing
-    behind its name (`--where`)."""
-    parser = HfArgumentParser(dataclasses)
-    hints = [item for dtype in dataclasses if dtype is not TrainingArguments for item in get_type_hints(dtype).items()]
-    optional = {name for name, hint in hints if NoneType in get_args(hint)}
-    for action in parser._actions:
-        if action.default == []:
-            action.nargs = "*"
-        elif action.dest in optional and action.nargs is None:
-            action.type = _or_none(action.type)
-            if action.choices is not None:
-                action.choices = [*action.choices, None]
-    return parser
-
-
-def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        return None if text.lower() == "none" else convert(text)
-
-    read.__name__ = getattr(convert, "__name__", str(convert))  # what an error message calls it
-    return read
-
-
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """Arguments from a recipe file (the first of `argv`, if it ends in .yaml) and the command line.
 
@@ -140,7 +113,10 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
         ValueError: the recipe has a name that is no argument.
     """
     parser = argument_parser((ModelArguments, DataArguments, TrainingArguments))
-    parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # bf16 on a CPU has to be asked for
+    if not {"-h", "--help"} & set(argv):  # which do without torch
+        import torch
+
+        parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # bf16 on a CPU has to be asked for
     parser.set_defaults(ddp_find_unused_parameters=False)  # all are used, and looking for others takes time
     if argv and argv[0].endswith(".yaml"):
         with open(argv[0]) as file:
@@ -152,4 +128,4 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
     return parser.parse_args_into_dataclasses(args=argv)
 
 
-__all__ = ["ConfigArguments", "DataArguments", "ModelArguments", "argument_parser", "parse"]
+__all__ = ["ConfigArguments", "DataArguments", "ModelArguments", "parse"]

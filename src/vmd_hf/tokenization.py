@@ -1,11 +1,10 @@
-"""Which tokenizer a task has, and whether a tokenizer is that of a model."""
+"""Which tokenizer a task has."""
 
 import os
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from .configuration_vmd import VMDConfig
 from .data.sudoku import sudoku_tokenizer
 from .data.synthetic import synthetic_tokenizer
 from .data.text import character_tokenizer
@@ -32,16 +31,4 @@ def task_tokenizer(
     return tokenizer
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: VMDConfig) -> None:
-    """Raises:
-    ValueError: the tokenizer has an id that the model has not, or another mask token.
-    """
-    if len(tokenizer) > config.vocab_size or tokenizer.mask_token_id != config.mask_token_id:
-        raise ValueError(
-            "tokenizer must be that of the model, whose vocab_size and mask_token_id are "
-            f"{config.vocab_size} and {config.mask_token_id}, got one of {len(tokenizer)} tokens with the mask token "
-            f"{tokenizer.mask_token_id}"
-        )
-
-
-__all__ = ["check_tokenizer", "task_tokenizer"]
+__all__ = ["task_tokenizer"]

@@ -24,10 +24,10 @@ from .data.sudoku import SudokuCollator, generate_puzzles, puzzle_dataset, rando
 from .data.synthetic import synthetic_dataset
 from .data.text import evenly_spaced, has_text8_alphabet, text_datasets
 from .generation_vmd import VMDGenerationConfig
-from .hub import saved_with_code
+from .hub import check_tokenizer, saved_with_code
 from .modeling_vmd import VMDForMaskedDiffusion
 from .recipes import ConfigArguments, DataArguments, ModelArguments
-from .tokenization import check_tokenizer, task_tokenizer
+from .tokenization import task_tokenizer
 from .training import (
     EMACallback,
     FiniteGradientsCallback,

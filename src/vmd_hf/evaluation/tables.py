@@ -47,8 +47,8 @@ def tables_to_join(path: str | os.PathLike, titles: Collection[str], overwrite: 
         raise ValueError(f"output must be a file of tables, lists of rows under a title, got {path}")
     if not overwrite and (taken := [title for title in titles if title in tables]):
         raise ValueError(
-            f"output must not hold what is to be measured, got {path} with {taken[0]!r}: replace it by --overwrite, or "
-            "name another file by --output"
+            f"output must not hold what is to be measured, got {path} with {taken[0]!r}: --overwrite replaces it, and "
+            "--output names another file"
         )
     return tables
 
