@@ -4,13 +4,13 @@
     python training_scripts/compare_text.py --rows block-4 vmd-4 --seeds 0 1 2
 
 All models have the same size (a VMD also has its latent path), the same data in the same order and about the same
-training time: the numbers of updates were chosen for that, and the time that a row took is reported. Each stage
-reads the rows from the start. The bounds are those of `vmd_hf.corpus_bound` (`per_step`) on the test split, for
-samplers of 1, 2, 4 and 8 steps a block, of 32 for whole rows, and of one token a step. Prints a table, writes
-`results.json`, and draws bits a character over forward passes a character, of all rows in the output folder. A row
-or a stage that is there already is not trained again, and one that was interrupted goes on from its last checkpoint;
-so a folder is of one recipe and of the same arguments. All other arguments are those of train_vmd.py, and change every
-row. Models are trained and evaluated on the accelerator if there is one; `--device cpu` leaves it alone.
+training time: the numbers of updates were chosen for that, and the time that a row took is reported. Each stage reads
+the rows from the start. The bounds are those of `vmd_hf.corpus_bound` (`per_step`) on the test split, for samplers of
+1, 2, 4 and 8 steps a block, of 32 for whole rows, and of one token a step. Prints a table, writes `results.json`, and
+draws bits a character over function evaluations (NFE) a character, of all rows in the output folder. A row or a stage
+that is there already is not trained again, and one that was interrupted goes on from its last checkpoint; so a folder
+is of one recipe and of the same arguments. All other arguments are those of train_vmd.py, and change every row. Models
+are trained and evaluated on the accelerator if there is one; `--device cpu` leaves it alone.
 """
 
 import argparse
@@ -43,7 +43,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def settings_of(recipe: str, *names: str) -> dict[str, Any]:
-    """What a recipe says of these arguments."""
+    """These arguments of a recipe."""
     settings = yaml.safe_load((RECIPES / recipe).read_text())
     return {name: settings[name] for name in names}
 
@@ -144,7 +144,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def train_stage(arguments: tuple[ModelArguments, DataArguments, TrainingArguments], path: Path) -> dict[str, Any]:
-    """Trains, unless that is done, and says how long it takes (whatever part was done before a stop) and how fast it
+    """Trains, unless that is done; returns how long it takes (whatever part was done before a stop) and how fast it
     is beside a matrix product in the same type."""
     if path.exists():
         return json.loads(path.read_text())
@@ -230,7 +230,7 @@ def nfe_per_character(result: dict[str, Any], bound: dict[str, Any]) -> float:
 
 
 def draw_frontier(results: list[dict[str, Any]], path: Path) -> None:
-    """Bits a character over forward passes a character, a line for each row and seed (the lowest of its bounds)."""
+    """Bits a character over NFE a character, a line for each row and seed (the lowest of its bounds)."""
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     colours = {row: f"C{number}" for number, row in enumerate(ROWS)}
     labelled = set()
@@ -244,7 +244,7 @@ def draw_frontier(results: list[dict[str, Any]], path: Path) -> None:
         label = None if result["row"] in labelled else result["row"]
         labelled.add(result["row"])
         axis.errorbar(evaluations, bits, errors, marker="o", capsize=3, color=colours[result["row"]], label=label)
-    axis.set(xscale="log", xlabel="forward passes a character", ylabel="bits a character (upper bound, 95 % interval)")
+    axis.set(xscale="log", xlabel="NFE a character", ylabel="bits a character (upper bound, 95 % interval)")
     axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)

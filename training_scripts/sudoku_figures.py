@@ -40,7 +40,7 @@ class FigureArguments:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The rows of the first table of `results.json`, which tells rules and numbers of steps apart; first attempts."""
+    """The rows of the first table of `results.json`, a row for each rule and number of steps; first attempts."""
     first = next(iter(json.loads((folder / "results.json").read_text()).values()))
     return [row for row in first if row.get("num_attempts", 1) == 1]
 

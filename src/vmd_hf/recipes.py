@@ -23,7 +23,7 @@ _NO_ARGUMENTS = {
     "eos_token_id",
     "backbone_config",
 }
-# The models of the recipes are small, and so are those of a recipe that says nothing.
+# The models of the recipes are small, and so is that of a recipe that gives no sizes.
 _DEFAULTS = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
