@@ -36,9 +36,7 @@ def text_tables(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments
 ) -> list[list[Row]]:
     """The objective, bounds and samples; and, with a judge, the quality of samples."""
-    baseline = load_baseline(args.model, tokenizer, args.baseline)
-    if baseline is not None:
-        baseline.to(model.device)
+    baseline = load_baseline(args.model, tokenizer, args.baseline, model.device)
     length, clean = model.config.max_position_embeddings, has_text8_alphabet(tokenizer)
     splits = text_datasets(args.source, tokenizer, length, clean=clean, text_column=args.text_column, where=args.where)
     rows = splits["test"]

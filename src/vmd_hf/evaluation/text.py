@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from ..data.text import evenly_spaced
-from ..hub import load_tokenizer
+from ..hub import load_model, load_tokenizer
 from ..likelihood import CorpusBound, confidence_interval, corpus_bound
 from ..noise_vmd import most_revealed
 from ..training import active_units, moments
@@ -123,9 +123,12 @@ def bound_row(name: str, num_steps: int, num_draws: int, bound: CorpusBound, sec
 
 
 def load_baseline(
-    model: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, baseline: str | os.PathLike | None = None
+    model: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase,
+    baseline: str | os.PathLike | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel | None:
-    """The model to compare bounds with; by default, of an adapter, the model that it is for.
+    """The model to compare the bounds of a saved one with; by default, of an adapter, the model that it is for.
 
     Raises:
         ValueError: for a baseline of another vocabulary.
@@ -137,7 +140,7 @@ def load_baseline(
         from peft import PeftConfig
 
         baseline = PeftConfig.from_pretrained(model).base_model_name_or_path
-    return None if baseline is None else AutoModelForMaskedLM.from_pretrained(baseline).eval()
+    return None if baseline is None else load_model(baseline, device)
 
 
 def evaluate_samples(
