@@ -56,7 +56,7 @@ PER_STEP_OF_8 = PER_STEP | {"objective_steps": [1, 1, 1, 1, 2, 2, 4, 8]}
 WITH_LATENT = settings_of(
     "sotu_latent.yaml",
     "latent_size",
-    "latent_position_inputs",
+    "latent_input",
     "prior",
     "objective",
     "objective_steps",

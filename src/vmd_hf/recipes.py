@@ -33,7 +33,6 @@ _DEFAULTS = {
 }
 _PARSED_AS = {
     float | int: float,
-    float | int | None: float | None,
     list[int] | tuple[int, ...]: list[int],
 }
 

@@ -51,7 +51,6 @@ TRAINING_SETTINGS = {
     "objective_draws",
     "latent_min_tokens",
     "kl_weight",
-    "free_bits",
     "hidden_dropout",
 }
 # What a given model without a latent gets together with one.
@@ -59,11 +58,8 @@ LATENT_SETTINGS = {
     "latent_size",
     "prior",
     "conditioning_size",
-    "conditioner_initializer_range",
-    "latent_position_inputs",
-    "latent_per_position",
+    "latent_input",
     "num_latent_encoder_layers",
-    "latent_encoder_pooling",
 }
 
 
@@ -113,7 +109,7 @@ def build_model(
     """A new model of the task's size, or the given checkpoint, which keeps its shape, but for `num_loops`, and gets a
     latent if it has none and `latent_size` is given."""
     settings = {name: getattr(args, name) for name in ConfigArguments.__dataclass_fields__}
-    latent = {name: settings.pop(name) for name in LATENT_SETTINGS & settings.keys()}
+    latent = {name: settings.pop(name) for name in LATENT_SETTINGS}
     if not args.latent_size:
         latent = {"latent_size": 0}
     training = {
@@ -121,7 +117,7 @@ def build_model(
         "attn_implementation": args.attn_implementation,
     }
     if args.model_name_or_path:
-        training |= {name: settings[name] for name in TRAINING_SETTINGS & settings.keys()}
+        training |= {name: settings[name] for name in TRAINING_SETTINGS}
         if not args.latent_size or VMDConfig.from_pretrained(args.model_name_or_path).latent_size:
             return VMDForMaskedDiffusion.from_pretrained(args.model_name_or_path, **training)
         model = VMDForMaskedDiffusion.from_pretrained(args.model_name_or_path, **training, **latent)
