@@ -4,9 +4,11 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .configuration_vmd import VMDConfig
 from .modeling_vmd import VMDForMaskedDiffusion
 from .saving_vmd import saved_with_code
 
@@ -89,4 +91,44 @@ def upload_model(
         return upload_folder(folder, repo_id, **settings)
 
 
-__all__ = ["export_model", "load_tokenizer", "saved_with_code", "upload_folder", "upload_model"]
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def load_model(
+    name: str | os.PathLike, device: str | torch.device | None = None, **settings: object
+) -> PreTrainedModel:
+    """A saved model, or the model with an adapter, in evaluation mode on `device` (default: [`default_device`]).
+
+    Args:
+        settings: Of `AutoModelForMaskedLM.from_pretrained`.
+    """
+    return AutoModelForMaskedLM.from_pretrained(name, **settings).to(device or default_device()).eval()
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: VMDConfig) -> None:
+    """Whether a tokenizer can be that of a model. The model's vocabulary may be larger, as where it was padded.
+
+    Raises:
+        ValueError: if it has no mask token, another one than the model, or more tokens than the model.
+    """
+    if tokenizer.mask_token_id is None:
+        raise ValueError("tokenizer must have a mask token, got none")
+    if tokenizer.mask_token_id != config.mask_token_id or len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"tokenizer must be the model's, which has {config.vocab_size} tokens and the mask token "
+            f"{config.mask_token_id}, got one that has {len(tokenizer)} and {tokenizer.mask_token_id}"
+        )
+
+
+__all__ = [
+    "check_tokenizer",
+    "default_device",
+    "export_model",
+    "load_model",
+    "load_tokenizer",
+    "saved_with_code",
+    "upload_folder",
+    "upload_model",
+]
