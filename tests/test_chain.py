@@ -12,6 +12,7 @@ from vmd_hf.chain_vmd import Transitions, chain_log_probs, draw_states, most_pro
 from vmd_hf.objective_vmd import chain_cross_entropy, denoise, marginal_logits, read_clean
 
 SHAPES = pytest.mark.parametrize("block_size", [None, 3])
+CANDIDATES = pytest.mark.parametrize("candidates", [128, 2])
 
 
 def chain_model(num_states=3, **overrides):
@@ -47,9 +48,10 @@ def paths(transitions, masked):
 
 
 @SHAPES
+@CANDIDATES
 @pytest.mark.parametrize("given", [[], [1]])
-def test_probabilities_of_all_sequences_sum_to_one(block_size, given):
-    model = chain_model(block_size=block_size)
+def test_probabilities_of_all_sequences_sum_to_one(block_size, candidates, given):
+    model = chain_model(block_size=block_size, candidate_tokens=candidates)
     rows = torch.tensor(list(itertools.product(range(5), repeat=3)))
     rows = rows[(rows[:, given] == 2).all(-1)]
     labels = rows.clone()
@@ -59,8 +61,10 @@ def test_probabilities_of_all_sequences_sum_to_one(block_size, given):
 
 
 @torch.no_grad()
-def test_joint_probabilities_and_marginals_are_sums_over_paths():
-    model, row = chain_model(max_position_embeddings=6), torch.tensor([[0, 3, 1, 4, 2, 2]])
+@CANDIDATES
+def test_joint_probabilities_and_marginals_are_sums_over_paths(candidates):
+    model = chain_model(max_position_embeddings=6, candidate_tokens=candidates)
+    row = torch.tensor([[0, 3, 1, 4, 2, 2]])
     for masked, revealed in [([0, 1, 2], [0, 1, 2]), ([0, 2, 3, 5], [2, 5]), ([1, 2, 4], [4]), ([5], [5])]:
         transitions, mask, hidden_states, logits = transitions_of(model, row, masked)
         every = list(paths(transitions, masked))
@@ -96,11 +100,13 @@ def test_joint_probabilities_and_marginals_are_sums_over_paths():
 
 
 @torch.no_grad()
-def test_token_probabilities_given_a_state_are_its_emissions():
-    model, row = chain_model(), digits(1, 4) % 5
+@CANDIDATES
+def test_token_probabilities_given_a_state_are_its_emissions(candidates):
+    model, row = chain_model(candidate_tokens=candidates), digits(1, 4) % 5
     _, _, hidden_states, logits = transitions_of(model, row, [0, 1, 2, 3])
     for state in range(3):
         log_probs = model.chain.token_log_probs(hidden_states, logits, torch.full((4,), state))
+        assert log_probs.exp().sum(-1).tolist() == pytest.approx([1] * 4, abs=1e-5)
         for token in range(5):
             emissions = model.chain.emission_log_probs(hidden_states, logits, torch.full((4,), token))
             torch.testing.assert_close(log_probs[:, token], emissions[:, state])
@@ -177,8 +183,9 @@ def test_long_chains_agree_with_a_recursion_over_logarithms_in_double_precision(
             assert found[row].item() == pytest.approx(alpha.logsumexp(0).item(), rel=1e-5)
 
 
-def test_gradients_agree_with_finite_differences():
-    model, input_ids = chain_model(conditioning_size=4), digits(3, 5) % 5
+@CANDIDATES
+def test_gradients_agree_with_finite_differences(candidates):
+    model, input_ids = chain_model(conditioning_size=4, candidate_tokens=candidates), digits(3, 5) % 5
     noise = {"times": torch.tensor([0.1, 0.4, 0.7]), "position_noise": uniform(3, 5)}
 
     def loss():

@@ -10,6 +10,9 @@ of the denoiser:
     T_j(s -> s')   proportional to   exp(q_{s'}(h_j)) sum_m w_m(h_j) exp(E_m[s, s'])
     p(v | s, h_i)  proportional to   exp(a_iv + sum_r U_sr (1 + e_r(h_i)) V_vr),     sum_s U_sr = 0
 
+Of a large vocabulary, only the most probable tokens at a position have the sum in the exponent, and all others 0. The
+probabilities of all tokens still sum to 1, and the cost does not depend on the size of the vocabulary.
+
 The sum over all paths is the forward recursion, so that the likelihood is exact: there is no posterior to learn, no KL
 term and nothing to collapse. Emissions of tokens that are not revealed sum to 1, so that all steps, orders and subsets
 share one joint distribution. One state is the model without a latent. Transitions are a mixture of M kernels, so that
@@ -79,6 +82,7 @@ class VMDChain(nn.Module):
     def __init__(self, config: VMDConfig):
         super().__init__()
         self.num_states = config.latent_size
+        self.num_candidates = config.candidate_tokens
         rank = config.conditioning_size
         self.state_proj = nn.Linear(config.hidden_size, self.num_states)  # q
         self.kernel_proj = nn.Linear(config.hidden_size, NUM_KERNELS)  # w
@@ -110,26 +114,51 @@ class VMDChain(nn.Module):
     ) -> torch.Tensor:
         """log p(token | s) for each state, (positions, K), of hidden states (positions, hidden), the denoiser's logits
         (positions, vocabulary) and tokens (positions,) int64."""
-        gate = 1 + self._project(self.tilt_proj, hidden_states)  # (positions, rank)
-        pairs = self.centred_states()[:, None] * self.token_vectors.float()  # (K, vocabulary, rank)
-        tilted = (gate @ pairs.flatten(0, 1).T).view(-1, *pairs.shape[:2]) + logits.float()[:, None]
-        index = tokens[:, None, None].expand(-1, self.num_states, 1)
-        return tilted.gather(-1, index).squeeze(-1) - tilted.logsumexp(-1)
+        tilted, normaliser, candidates = self._tilted(hidden_states, logits)
+        if candidates is None:
+            index = tokens[:, None, None].expand(-1, self.num_states, 1)
+            return tilted.gather(-1, index).squeeze(-1) - normaliser
+        found = candidates == tokens[:, None]  # (positions, candidates)
+        place = found.long().argmax(-1)[:, None, None].expand(-1, self.num_states, 1)
+        other = logits.float().gather(-1, tokens[:, None])  # (positions, 1)
+        return torch.where(found.any(-1, keepdim=True), tilted.gather(-1, place).squeeze(-1), other) - normaliser
 
     def token_log_probs(self, hidden_states: torch.Tensor, logits: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """log p(v | state) of one state (positions,) int64 at each position, (positions, vocabulary)."""
-        gate = self.centred_states()[states] * (1 + self._project(self.tilt_proj, hidden_states))
-        return (logits.float() + gate @ self.token_vectors.float().T).log_softmax(-1)
+        weights = nn.functional.one_hot(states, self.num_states).float()
+        return self.marginal_log_probs(hidden_states, logits, weights)
 
     def marginal_log_probs(
         self, hidden_states: torch.Tensor, logits: torch.Tensor, state_probs: torch.Tensor
     ) -> torch.Tensor:
         """log sum_s p(s) p(v | s), (positions, vocabulary), of probabilities of the states (positions, K)."""
-        gate = 1 + self._project(self.tilt_proj, hidden_states)
-        pairs = self.centred_states()[:, None] * self.token_vectors.float()
-        tilted = (gate @ pairs.flatten(0, 1).T).view(-1, *pairs.shape[:2]) + logits.float()[:, None]
-        log_probs = tilted.log_softmax(-1) + state_probs.clamp(min=_SMALLEST).log()[..., None]
-        return log_probs.logsumexp(1)
+        tilted, normaliser, candidates = self._tilted(hidden_states, logits)
+        log_weights = state_probs.log() - normaliser  # (positions, K)
+        mixed = (tilted + log_weights[..., None]).logsumexp(1)
+        if candidates is None:
+            return mixed
+        return (logits.float() + log_weights.logsumexp(-1, keepdim=True)).scatter(-1, candidates, mixed)
+
+    def _tilted(
+        self, hidden_states: torch.Tensor, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Logits of the candidates in each state (positions, K, candidates), the logarithm of the sum over the whole
+        vocabulary (positions, K), and the candidates (positions, candidates), `None` for all tokens."""
+        logits = logits.float()
+        gate = 1 + self._project(self.tilt_proj, hidden_states)  # (positions, rank)
+        states, tokens = self.centred_states(), self.token_vectors.float()
+        if logits.shape[-1] <= self.num_candidates:
+            pairs = (states[:, None] * tokens).flatten(0, 1)  # (K * vocabulary, rank)
+            tilted = (gate @ pairs.T).view(len(gate), self.num_states, -1) + logits[:, None]
+            return tilted, tilted.logsumexp(-1), None
+        top = logits.topk(self.num_candidates, dim=-1)
+        vectors = nn.functional.embedding(top.indices, tokens)  # (positions, candidates, rank)
+        tilted = torch.einsum("pr,kr,pcr->pkc", gate, states, vectors) + top.values[:, None]
+        # All tokens but the candidates: the logarithm of a difference, of which the first part is the larger one.
+        whole, among = logits.logsumexp(-1), top.values.logsumexp(-1)
+        others = whole + torch.log1p(-(among - whole).exp().clamp(max=1 - 1e-6))
+        normaliser = torch.logaddexp(tilted.logsumexp(-1), others[:, None])
+        return tilted, normaliser, top.indices
 
 
 def chain_log_probs(

@@ -8,7 +8,6 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 # Keyword arguments that `PreTrainedConfig` takes beside its declared fields.
@@ -88,6 +87,9 @@ class VMDConfig(PreTrainedConfig):
             `latent_input="position_slices"`, of all slices together.
         conditioning_size: Width of the conditioning vector that is computed from `z` (from each slice of it). For a
             chain, the rank of what tilts the emissions of its states.
+        candidate_tokens: For a chain, the number of tokens, the most probable ones at a position, whose probability
+            depends on its state; all others together have a share of it that does. Cost and memory of the emissions
+            grow with it, and not with the vocabulary.
         latent_input: How z enters the denoiser. `"layers"`: by adaLN in every layer. `"layers_and_positions"`: z also
             adds to the input of each position (of a block, or up to `max_position_embeddings`) a vector of its own,
             for `conditioning_size * hidden_size` weights a position (sotu_latent.yaml). `"position_slices"`: z is a
@@ -160,6 +162,7 @@ class VMDConfig(PreTrainedConfig):
     latent_type: Literal["gaussian", "chain"] = "gaussian"
     latent_size: int = 64
     conditioning_size: int = 128
+    candidate_tokens: int = 128
     latent_input: Literal["layers", "layers_and_positions", "position_slices"] = "layers"
     num_latent_encoder_layers: int = 1
     block_size: int | None = None
@@ -237,10 +240,9 @@ class VMDConfig(PreTrainedConfig):
         return sorted(forbidden - {None})
 
     def validate_sizes(self):
-        for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "conditioning_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_hidden_layers", "num_loops", "max_position_embeddings", "num_latent_encoder_layers"):
+        sizes = ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "conditioning_size")
+        numbers = ("num_hidden_layers", "num_loops", "max_position_embeddings", "num_latent_encoder_layers")
+        for name in (*sizes, *numbers, "candidate_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.latent_size < 0:
@@ -287,6 +289,8 @@ class VMDConfig(PreTrainedConfig):
                 "a backbone reads whole sequences, once: block_size must be None and num_loops 1, got "
                 f"{self.block_size} and {self.num_loops}"
             )
+        from transformers.activations import ACT2FN  # which needs torch
+
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be an activation that transformers knows, got {self.hidden_act!r}")
 
