@@ -144,11 +144,12 @@ class VMDPreTrainedModel(PreTrainedModel):
             favourite = torch.arange(heads)[:, None] % (groupings + 1) == torch.arange(groupings)
             init.copy_(module.weight, 4.0 * favourite)  # e^4 times the weight of what is in no common group
         elif isinstance(module, VMDChain):
-            # Emissions differ little between states: training starts near the model without a chain.
-            init.normal_(module.kernels, std=0.5)
-            scale = 0.35 * module.state_vectors.shape[1] ** -0.25  # tilts of standard deviation 0.12
-            init.normal_(module.state_vectors, std=scale)
-            init.normal_(module.token_vectors, std=scale)
+            # Emissions differ little between states, so that training starts near the model without a chain. What breaks
+            # the symmetry soon is that states depend much on one another (with 0.5 nothing is learned for hundreds of
+            # updates), and large state vectors.
+            init.normal_(module.kernels, std=2.0)
+            init.normal_(module.state_vectors, std=1.0)
+            init.normal_(module.token_vectors, std=0.3 * module.token_vectors.shape[1] ** -0.5)
         elif isinstance(module, VMDLatentEncoder):
             init.zeros_(module.kl_warmup_progress)
 
