@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from make_card import FIELDS, METRICS, make_card, markdown
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 import vmd_hf  # noqa: F401, makes AutoModelForMaskedLM know the model
+from vmd_hf.cards import FIELDS, METRICS, make_card, markdown
 from vmd_hf.data.sudoku import generate_puzzles, parse_board, valid_boards
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -52,12 +52,15 @@ def test_what_was_not_measured_is_an_empty_cell():
     assert markdown(("x", rows)).splitlines()[-1] == "| 1 | 0.25 |  |"
 
 
-def test_a_card_without_a_field_or_results_is_an_error(tmp_path):
-    (tmp_path / "card.yaml").write_text("title: x")
+def test_a_card_without_its_files_a_field_or_results_is_an_error(tmp_path):
+    files = {"card.yaml": "title: x", "results.json": "{}"}
+    for name, content in files.items():
+        with pytest.raises(ValueError, match=f"must hold card.yaml and results.json, got .* without {name}"):
+            make_card(tmp_path)
+        (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=r"card.yaml must have .*, got none of summary, usage"):
         make_card(tmp_path)
     (tmp_path / "card.yaml").write_text("\n".join(f"{name}: x" for name in FIELDS))
-    (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="must have results, got none"):
         make_card(tmp_path)
 
