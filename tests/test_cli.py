@@ -6,6 +6,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 from test_hub import small_model
 from test_model_cards import CARDS
 from typer.testing import CliRunner
