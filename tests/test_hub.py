@@ -233,6 +233,8 @@ def test_the_model_of_an_adapter_that_is_gone_is_missing(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "./gone"}')
     with pytest.raises(ValueError, match=r"got './gone': no such folder"):
         load_model(tmp_path)
+    with pytest.raises(ValueError, match=r"got './gone': no such folder"):
+        load_tokenizer("./gone")
 
 
 def test_a_model_is_loaded_onto_the_device_that_is_asked_for_or_the_accelerator(tmp_path, monkeypatch):

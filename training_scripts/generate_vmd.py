@@ -27,9 +27,7 @@ class GenerationArguments:
     top_k: int | None = None
     top_p: float | None = None
     confidence_threshold: float | None = None
-    resample_latents: bool | None = field(
-        default=None, metadata={"help": "A latent for each step, not a shared one."}
-    )
+    resample_latents: bool | None = field(default=None, metadata={"help": "A latent for each step, not a shared one."})
     latent_scale: float | None = None
     corrector: Literal["cap", "rescale", "confidence"] | None = None
     corrector_strength: float | None = None

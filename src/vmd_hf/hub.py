@@ -47,7 +47,7 @@ def check_model(name: str | os.PathLike) -> None:
             check_model(base)
         return
     try:
-        files = ("config.json", "adapter_config.json")
+        files = ("config.json", "adapter_config.json", "tokenizer_config.json")
         if any(isinstance(try_to_load_from_cache(str(name), file), str) for file in files):
             return
         get_hf_file_metadata(hf_hub_url(str(name), "config.json"), timeout=5)
@@ -83,8 +83,10 @@ def load_tokenizer(model: str | os.PathLike) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model, a folder or an id on the Hub.
 
     Raises:
-        ValueError: if there is none. transformers either says so less clearly or invents one of special tokens only.
+        ValueError: if there is no such model, or no tokenizer beside it. (transformers either says so less clearly or
+            invents one of special tokens only.)
     """
+    check_model(model)
     missing = f"{model} has no tokenizer: put it there by tokenizer.save_pretrained({str(model)!r})"
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
