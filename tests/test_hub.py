@@ -251,11 +251,11 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_an_error():
     config = small_model().config
     check_tokenizer(synthetic_tokenizer(), config)
     check_tokenizer(synthetic_tokenizer(), VMDConfig(vocab_size=16, mask_token_id=10, pad_token_id=11))  # padded
-    with pytest.raises(ValueError, match=r"are 12 and 10, got one of 30 tokens with the mask token 27"):
+    with pytest.raises(ValueError, match=r"has 12 tokens and the mask token 10, got one that has 30 and 27"):
         check_tokenizer(character_tokenizer(), config)
     other = synthetic_tokenizer()
     other.add_tokens(["x"])
-    with pytest.raises(ValueError, match=r"are 12 and 10, got one of 13 tokens with the mask token 10"):
+    with pytest.raises(ValueError, match=r"has 12 tokens and the mask token 10, got one that has 13 and 10"):
         check_tokenizer(other, config)
     other.mask_token = None
     with pytest.raises(ValueError, match="must have a mask token, got none"):

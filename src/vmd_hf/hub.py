@@ -109,9 +109,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: VMDConfig) -> No
         raise ValueError("tokenizer must have a mask token, got none")
     if tokenizer.mask_token_id != config.mask_token_id or len(tokenizer) > config.vocab_size:
         raise ValueError(
-            "tokenizer must be that of the model, whose vocab_size and mask_token_id are "
-            f"{config.vocab_size} and {config.mask_token_id}, got one of {len(tokenizer)} tokens with the mask token "
-            f"{tokenizer.mask_token_id}"
+            f"tokenizer must be the model's, which has {config.vocab_size} tokens and the mask token "
+            f"{config.mask_token_id}, got one that has {len(tokenizer)} and {tokenizer.mask_token_id}"
         )
 
 
