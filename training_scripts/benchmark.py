@@ -22,7 +22,7 @@ from evaluate_vmd import print_table
 from torch.nn import functional as F
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion
-from vmd_hf.masking_vmd import CleanContext
+from vmd_hf.blocks_vmd import CleanContext
 
 MASK = 1
 

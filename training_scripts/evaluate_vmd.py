@@ -61,7 +61,7 @@ from vmd_hf.data.synthetic import joint_metrics, target_distribution
 from vmd_hf.data.text import clean_text8, evenly_spaced, load_documents, spaced_indices, text_datasets
 from vmd_hf.hub import load_tokenizer
 from vmd_hf.likelihood import confidence_interval
-from vmd_hf.noise_vmd import most_revealed
+from vmd_hf.schedule_vmd import most_revealed
 from vmd_hf.training import active_units, moments
 
 SAMPLERS = {

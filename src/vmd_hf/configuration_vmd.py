@@ -26,6 +26,32 @@ _BASE_KEYWORDS = {
 }
 
 
+# Fields of version 0.7, which its files have.
+REMOVED_FIELDS = {
+    "conditioner_initializer_range",
+    "free_bits",
+    "latent_encoder_pooling",
+    "latent_per_position",
+    "latent_position_inputs",
+}
+
+
+def converted(values: dict) -> dict:
+    """Arguments of a config, those of version 0.7 replaced by what they mean today.
+
+    Raises:
+        ValueError: for `latent_encoder_pooling="concat"`, which no model has any more.
+    """
+    if values.get("latent_encoder_pooling") == "concat":
+        raise ValueError("latent_encoder_pooling='concat' of version 0.7 is no longer supported")
+    new = {name: value for name, value in values.items() if name not in REMOVED_FIELDS}
+    if values.get("latent_per_position"):
+        new["latent_input"] = "position_slices"
+    elif values.get("latent_position_inputs"):
+        new["latent_input"] = "layers_and_positions"
+    return new
+
+
 @strict
 class VMDConfig(PreTrainedConfig):
     r"""Configuration of [`VMDModel`] and [`VMDForMaskedDiffusion`].
@@ -36,63 +62,56 @@ class VMDConfig(PreTrainedConfig):
         vocab_size: Number of tokens, special tokens (mask, pad, ...) included.
         hidden_size: Width of the transformer; a multiple of `num_attention_heads`.
         num_hidden_layers: Layers of the denoiser.
-        num_loops: How often the stack of layers is run through, with the same weights: depth without parameters.
-        loop_loss: In training mode, what every earlier loop would have predicted pays the reconstruction term, too
-            (their mean is added to the loss, and to nothing that is reported): each loop is to improve on the last.
+        num_loops: How often the stack of layers is run through, with the same weights: depth without parameters
+            (sudoku.yaml).
+        loop_loss: In training mode the cross-entropy of what every earlier loop would have predicted, their mean, is
+            added to the loss, and to nothing that is reported (sudoku.yaml).
         num_attention_heads: Attention heads. With rotary positions, `hidden_size / num_attention_heads` is even.
         intermediate_size: Width of the feed-forward layers; `None` means `4 * hidden_size`.
         hidden_act: Activation of the feed-forward layers, a name that transformers knows.
-        max_position_embeddings: Longest sequence. A hard limit with `position_embedding_type="learned"`.
-        position_embedding_type: `"rotary"` (cannot tell positions apart where every token is masked), `"learned"` (a
-            table of `max_position_embeddings` rows added to the embeddings) or `"none"` (only `position_groups` tell
-            the positions apart).
+        max_position_embeddings: Longest sequence. A hard limit where there is a position table.
+        position_embedding_type: `"rotary"`, `"learned"` (a table of `max_position_embeddings` rows added to the
+            embeddings), `"both"` (default) or `"none"` (only `position_groups` tell the positions apart). Rotary
+            positions alone give every mask of a sequence that is masked throughout the same prediction: with a latent
+            they need `position_groups` beside them (sotu.yaml).
         position_groups: Lists of `max_position_embeddings` group numbers, one list a grouping: position `i` gets the
-            embedding of its group in each of them, added to the token embedding. A grid has rows and columns.
+            embedding of its group in each of them, added to the token embedding: rows, columns and boxes of a grid
+            (sudoku.yaml), or the position in a block (sotu.yaml).
         position_group_bias: Whether two positions in the same group of a grouping also attend to one another by a
-            number learned for each layer, head and grouping, added to the scores. At the start one head in turn
-            looks at each grouping, and one in `groupings + 1` at none. Whole sequences, eager or sdpa attention.
+            number learned for each layer, head and grouping, added to the scores (sudoku.yaml). Whole sequences,
+            eager or sdpa attention.
         rope_parameters: Rotary settings as everywhere in transformers (`rope_type`, `rope_theta`, ...).
-        latent_size: Dimensions of the latent `z`; 0 for no latent. A multiple of n with `latent_per_position`.
-        conditioning_size: Width of the conditioning vector that is computed from `z` (from each slice of it, with
-            `latent_per_position`) and modulates every layer.
-        conditioner_initializer_range: Standard deviation of the initial weights of the two maps from `z` to that
-            vector; `None` means one that keeps the variance, `1 / sqrt(inputs)`. Small ones (0.02) are slower to learn
-            from and learn features that the positions share: where several tokens must agree on one of many modes.
-        latent_position_inputs: Whether z also adds a vector to the input of each position (of a block, or up to
-            `max_position_embeddings`), another one for each: what it tells of a single token need not go by way of
-            features that all positions share. Costs `conditioning_size * hidden_size` weights a position.
-        latent_per_position: Whether z is a slice of `latent_size / n` dimensions for each of its n positions (of a
-            block, or `max_position_embeddings`). The posterior of a slice is read off the state at its position, by
-            one map for all, and the slice adds to the input of that position and modulates no layer: a noisy hint at
-            its token. The denoiser reads all hints together, which is what makes tokens agree. The slices of tokens
-            that a step does not reveal (under `vmd`, that are not masked) tell nothing: they have the prior.
+        latent_size: Dimensions of the latent `z`; 0 for no latent. With `latent_input="position_slices"`, of all
+            slices together.
+        conditioning_size: Width of the conditioning vector that is computed from `z` (from each slice of it).
+        latent_input: How z enters the denoiser. `"layers"`: by adaLN in every layer. `"layers_and_positions"`: z also
+            adds to the input of each position (of a block, or up to `max_position_embeddings`) a vector of its own,
+            for `conditioning_size * hidden_size` weights a position (sotu_latent.yaml). `"position_slices"`: z is a
+            slice for each of these positions, read by the posterior from that position's token and added to its
+            input, and changes no layer: noisy hints that the denoiser reads together (boards.yaml). The slices of
+            tokens that a step does not reveal (under `vmd`, that are not masked) equal the prior.
         num_latent_encoder_layers: Transformer layers of the posterior `q(z | x_0, x_t)`.
-        latent_encoder_pooling: What the posterior makes of the tokens that z has to tell: `"mean"` of their hidden
-            states, or `"concat"`, a matrix of its own for each position (of a block, or up to
-            `max_position_embeddings`), which tells better which token stands where and has more weights to learn.
-            Nothing is pooled with `latent_per_position`.
         block_size: Tokens a block: the model is autoregressive over blocks, each with its own latent, time and
-            denoising (block diffusion). `None`: one latent for the whole sequence.
+            denoising (block diffusion; sotu.yaml). `None`: one latent for the whole sequence.
         prior: `"standard"`: z ~ N(0, I). `"learned"`, with blocks only: a diagonal Gaussian p(z | clean earlier
-            blocks), which costs generation one forward pass a block.
-        objective: `"vmd"` (the paper's, default), `"per_sample"` or `"per_step"`: see [`VMDForMaskedDiffusion`].
+            blocks), which costs generation one forward pass a block (sotu_latent.yaml).
+        objective: `"vmd"` (the paper's, default), `"per_sample"` or `"per_step"`: see `objective_vmd.py`.
         objective_steps: Numbers of sampling steps that `per_sample` and `per_step` train for; one is drawn for
             each row.
         objective_draws: Draws of z under the logarithm of the loss: `-log 1/K sum_k p(x | z_k) p(z_k) / q(z_k)` for
             the tokens that are predicted now, in place of `R + KL`, which is the case of one (IWAE, arXiv
-            1509.00519). Several make up for a true posterior that is no Gaussian, and cost a pass of the denoiser
-            each. Under `per_sample` with `objective_steps=(1,)` only: a single random step may not stand in a
-            logarithm.
+            1509.00519). Several make up for a true posterior that is no Gaussian (two_token.yaml), and cost a pass of
+            the denoiser each. Under `per_sample` with `objective_steps=(1,)` only: a single random step may not stand
+            in a logarithm.
         latent_min_tokens: Under `per_step`, a step that reveals fewer tokens has the null latent, in training, bounds
-            and `generate` alike: it is a step of a plain masked diffusion model. A single token needs no latent, and a
-            random one would be noise. (A step with a `confidence_threshold` may reveal all that is masked.)
+            and `generate` alike: it is a step of a plain masked diffusion model (sotu_latent.yaml). A single token
+            needs no latent, and a random one would be noise. (A step with a `confidence_threshold` may reveal all that
+            is masked.)
         kl_weight: Weight (beta) of the KL term.
-        kl_warmup_steps: Training-mode forward passes over which the weight of the KL term grows from 0 to
-            `kl_weight`, as the cube of their share. Without it the posterior tends to collapse. 0 turns it off. Its
-            progress is saved with the weights, but not with an adapter of PEFT: train one on a model that was loaded
-            with `kl_warmup_steps=0`, or it warms up again from where the model stopped, whenever it is resumed.
-        free_bits: Lower bound, in nats for each row and latent dimension, under which the KL term is not pushed
-            (training mode only).
+        kl_warmup_steps: Training forward passes over which the weight of the KL term grows from 0 to `kl_weight`, as
+            the cube of their share (all recipes with a latent). Without it the posterior tends to collapse. 0 turns it
+            off. Its progress is saved with the weights, but not with an adapter of PEFT: train one on a model that was
+            loaded with `kl_warmup_steps=0`, or it warms up again from where the model stopped, whenever it is resumed.
         time_epsilon: Smallest time of the `vmd` objective: `t = eps + (1 - eps) u`.
         mask_token_id: Id of the mask token. It never has probability.
         pad_token_id: Id of the pad token. It never has probability, unless it is also an end-of-sequence token.
@@ -128,17 +147,14 @@ class VMDConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     hidden_act: str = "gelu"
     max_position_embeddings: int = 1024
-    position_embedding_type: Literal["rotary", "learned", "none"] = "rotary"
+    position_embedding_type: Literal["rotary", "learned", "both", "none"] = "both"
     position_groups: list[list[int]] | None = None
     position_group_bias: bool = False
     rope_parameters: dict | None = None
     latent_size: int = 64
     conditioning_size: int = 128
-    conditioner_initializer_range: float | int | None = None
-    latent_position_inputs: bool = False
-    latent_per_position: bool = False
+    latent_input: Literal["layers", "layers_and_positions", "position_slices"] = "layers"
     num_latent_encoder_layers: int = 1
-    latent_encoder_pooling: Literal["mean", "concat"] = "mean"
     block_size: int | None = None
     prior: Literal["standard", "learned"] = "standard"
     objective: Literal["vmd", "per_sample", "per_step"] = "vmd"
@@ -147,7 +163,6 @@ class VMDConfig(PreTrainedConfig):
     latent_min_tokens: int = 1
     kl_weight: float | int = 1.0
     kl_warmup_steps: int = 1000
-    free_bits: float | int = 0.0
     time_epsilon: float = 1e-3
     mask_token_id: int | None = None
     pad_token_id: int | None = None
@@ -160,6 +175,9 @@ class VMDConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        if self.transformers_version is not None:
+            kwargs = converted(kwargs)
+            self.latent_input = kwargs.pop("latent_input", self.latent_input)
         # A file written by another version of transformers may hold names that this one does not know; what a
         # person writes may not.
         if self.transformers_version is None and (unknown := sorted(set(kwargs) - _BASE_KEYWORDS)):
@@ -190,8 +208,8 @@ class VMDConfig(PreTrainedConfig):
 
     @property
     def num_latent_slices(self) -> int:
-        """1, or the number of positions with `latent_per_position`."""
-        return self.positions_per_latent if self.latent_per_position else 1
+        """1, or the number of positions with `latent_input="position_slices"`."""
+        return self.positions_per_latent if self.latent_input == "position_slices" else 1
 
     @property
     def forbidden_token_ids(self) -> list[int]:
@@ -214,7 +232,7 @@ class VMDConfig(PreTrainedConfig):
                 f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
                 f"{self.num_attention_heads}"
             )
-        if self.position_embedding_type == "rotary" and (self.hidden_size // self.num_attention_heads) % 2:
+        if self.position_embedding_type in ("rotary", "both") and (self.hidden_size // self.num_attention_heads) % 2:
             raise ValueError(
                 "hidden_size / num_attention_heads must be even with rotary positions, got "
                 f"{self.hidden_size} / {self.num_attention_heads}"
@@ -226,22 +244,15 @@ class VMDConfig(PreTrainedConfig):
                 "prior='learned' needs blocks, whose earlier ones it sees, and a latent, got "
                 f"block_size={self.block_size} and latent_size={self.latent_size}"
             )
-        for name in ("latent_position_inputs", "latent_per_position"):
-            if getattr(self, name) and (self.latent_size == 0 or self.backbone_config is not None):
-                raise ValueError(
-                    f"{name} needs a latent and no backbone, got "
-                    f"latent_size={self.latent_size} and backbone_config={self.backbone_config}"
-                )
+        if self.latent_input != "layers" and (self.latent_size == 0 or self.backbone_config is not None):
+            raise ValueError(
+                f"latent_input={self.latent_input!r} needs a latent and no backbone, got "
+                f"latent_size={self.latent_size} and backbone_config={self.backbone_config}"
+            )
         if self.latent_size % self.num_latent_slices:
             raise ValueError(
                 f"latent_size must be a multiple of the positions, {self.positions_per_latent}, with "
-                f"latent_per_position, got {self.latent_size}"
-            )
-        if self.latent_per_position and (self.latent_position_inputs or self.latent_encoder_pooling != "mean"):
-            raise ValueError(
-                "latent_per_position says how z enters and what it is read from: latent_position_inputs must be False "
-                f"and latent_encoder_pooling 'mean', got {self.latent_position_inputs} and "
-                f"{self.latent_encoder_pooling!r}"
+                f"latent_input='position_slices', got {self.latent_size}"
             )
         if self.loop_loss and self.num_loops == 1:
             raise ValueError("loop_loss needs num_loops of at least 2, got 1")
@@ -285,16 +296,9 @@ class VMDConfig(PreTrainedConfig):
                 "objective_draws above 1 need objective_steps (1,) under per_sample, got "
                 f"{self.objective_draws} and {list(self.objective_steps)}"
             )
-        if self.objective_draws > 1 and self.free_bits:
-            raise ValueError(f"free_bits must be 0 with objective_draws above 1, got {self.free_bits}")
-        for name in ("kl_weight", "kl_warmup_steps", "free_bits", "initializer_range"):
+        for name in ("kl_weight", "kl_warmup_steps", "initializer_range"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
-        if self.conditioner_initializer_range is not None and not 0 < self.conditioner_initializer_range < math.inf:
-            raise ValueError(
-                "conditioner_initializer_range must be None or finite and above 0, got "
-                f"{self.conditioner_initializer_range}"
-            )
         for name in ("attention_dropout", "hidden_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -330,4 +334,4 @@ VMDConfig.__init__ = _with_value_errors(VMDConfig.__init__)
 VMDConfig.validate = _with_value_errors(VMDConfig.validate)
 
 
-__all__ = ["VMDConfig"]
+__all__ = ["REMOVED_FIELDS", "VMDConfig"]

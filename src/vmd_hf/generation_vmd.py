@@ -12,8 +12,8 @@ from transformers.generation import GenerationConfig, LogitsProcessorList, Stopp
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.utils import ModelOutput
 
-from .masking_vmd import EMPTY, CleanContext, Layout, Places, join_places, stack_places
-from .noise_vmd import most_revealed, num_revealed, step_schedule
+from .blocks_vmd import EMPTY, CleanContext, Layout, Places, join_places, stack_places
+from .schedule_vmd import most_revealed, num_revealed, step_schedule
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -528,6 +528,13 @@ class GenerationState:
         return [self.generator[row] for row in rows.tolist()] if isinstance(self.generator, list) else self.generator
 
 
+def execution_device(model) -> torch.device:
+    """Where the model computes: weights that are offloaded are moved there when they are used."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return model.device if device is None else torch.device(device)
+
+
 class VMDGenerationMixin:
     """`generate` for [`VMDForMaskedDiffusion`]."""
 
@@ -554,6 +561,8 @@ class VMDGenerationMixin:
         if generation_config is not None:
             self.generation_config = self.generation_config_class.from_dict(generation_config.to_dict())
             return
+        if pretrained_model_name_or_path is None:
+            return  # weights were given, so there is no file
         try:
             self.generation_config = self.generation_config_class.from_pretrained(
                 pretrained_model_name_or_path,
@@ -694,7 +703,7 @@ class VMDGenerationMixin:
             if state.latents is not None and (step == 1 or config.resample_latents):
                 if not state.given_latents:
                     state.latents[rows[active], round_index] = self._draw_latents(rows[active], state, prior, active)
-                modulation = self.model.modulation_of(state.latents[rows, round_index, None])
+                modulation = self.model.condition(state.latents[rows, round_index, None])
             open_now, done_now = masked[active], fillable[active] & ~masked[active]
             before = num_revealed(step - 1, num_maskable, row_steps)[active]
             after = num_revealed(step, num_maskable, row_steps)[active]
@@ -782,9 +791,9 @@ class VMDGenerationMixin:
             inputs = torch.cat([tokens, tokens.masked_fill(given, self.config.mask_token_id)])
             layout = layout.select(torch.arange(len(tokens), device=tokens.device).repeat(2))
             modulation = None if modulation is None else torch.cat([modulation, modulation])
-        outputs = self.model(inputs, layout=layout, modulation=modulation, context=context, return_dict=True)
+        outputs = self.model(inputs, layout=layout, conditioning=modulation, context=context, return_dict=True)
         if state.reader is not None:
-            state.reader.keep(rows, context, outputs.past_key_values)
+            state.reader.keep(rows, context, outputs.keys_values)
         hidden_states = outputs.last_hidden_state
         if config.guidance_scale is not None:
             guided, unguided = hidden_states.chunk(2)

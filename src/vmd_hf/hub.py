@@ -21,7 +21,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_vmd import VMDConfig
-from .modeling_vmd import VMDForMaskedDiffusion, saved_with_code
+from .modeling_vmd import VMDForMaskedDiffusion
+from .saving_vmd import saved_with_code
 
 CARD_FILES = ("README.md", "results.json")
 

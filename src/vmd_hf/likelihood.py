@@ -19,18 +19,18 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Literal, get_args
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .generation_vmd import Generators, check_generators, draw
-from .masking_vmd import CleanContext, Layout
-from .modeling_vmd import VMDForMaskedDiffusion, check_labels, last_before_blocks
-from .noise_vmd import Corruption, most_revealed, num_revealed, step_schedule
-from .objective_vmd import draw_latents, gaussian_kl, row_cross_entropy
+from .generation_vmd import Generators, check_generators, draw, execution_device
+from .latents_vmd import draw_latents, gaussian_kl
+from .modeling_vmd import VMDForMaskedDiffusion
+from .noise_vmd import reveal_rank
+from .objective_vmd import CleanBatch, block_cross_entropy, denoise, posterior, read_clean
+from .schedule_vmd import most_revealed, num_revealed, step_schedule
 
 Bound = Literal["per_sample", "per_step"]
 
@@ -145,11 +145,23 @@ def nelbo(
     _check_settings(bound, num_steps, num_samples, num_orders, batch_size, generator, input_ids)
     model = _base_model(model)
     with _evaluation_mode(model):
-        problem = _pose(model, input_ids, labels, attention_mask, position_ids, num_steps)
-        num_samples = num_samples if problem.has_latent.any() else 1
-        noise = _draw_noise(problem, bound, num_samples, num_orders, generator)
-        batch_size = batch_size or max(len(input_ids), 1)
-        cross_entropy, kl, log_weight = _run(problem, bound, noise, batch_size, show_progress)
+        input_ids, attention_mask, position_ids, labels = (
+            None if part is None else part.to(execution_device(model))
+            for part in (input_ids, attention_mask, position_ids, labels)
+        )
+        if labels is None:
+            labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
+        batch = read_clean(model, input_ids, labels, attention_mask, position_ids)
+        num_maskable = batch.maskable.sum(-1)  # (batch, N)
+        row_steps = step_schedule(num_maskable, num_steps)
+        has_latent = most_revealed(num_maskable, row_steps) >= model.config.latent_min_tokens
+        has_latent = has_latent & (model.config.latent_size > 0)  # (batch, N): whether some step has one
+        num_samples = num_samples if has_latent.any() else 1
+        noise = _draw_noise(model, batch, row_steps, has_latent, bound, num_samples, num_orders, generator)
+        batch_size = batch_size or len(input_ids)
+        cross_entropy, kl, log_weight = _run(
+            model, batch, row_steps, has_latent, bound, noise, batch_size, show_progress
+        )
 
     if num_samples == 1:
         of_groups = cross_entropy.squeeze(2) + kl
@@ -159,10 +171,10 @@ def nelbo(
     single = num_samples == 1
     return NELBOOutput(
         nelbo=draws.mean(0),
-        standard_error=_standard_error(draws, problem.is_random()),
+        standard_error=_standard_error(draws, ((row_steps > 1) | has_latent).any(-1)),
         reconstruction=cross_entropy.sum((1, 2, -1)).mean(0) if single else None,
         kl=kl.sum((1, -1)).mean(0) if single else None,
-        num_tokens=problem.num_maskable.sum(-1),
+        num_tokens=num_maskable.sum(-1),
     )
 
 
@@ -221,51 +233,11 @@ def ratio_of_sums(numerators: torch.Tensor, denominators: torch.Tensor) -> tuple
 
 
 @dataclass
-class _Problem:
-    """A batch on the model's grid, and what all draws share. A unit is a block, or a whole sequence (N = 1).
-
-    Attributes:
-        x_0: (batch, N, width) int64.
-        maskable: (batch, N, width) bool, the scored tokens.
-        num_maskable: (batch, N), n of each unit.
-        row_steps: (batch, N), T_n of each unit.
-        context: With blocks, the clean tokens that they see, read once.
-        before: With blocks, (batch, N, hidden): the last clean hidden state before each.
-        prior: Mean and log-variance of a learned prior, each (batch, N, latent_size); none: N(0, I).
-    """
-
-    model: VMDForMaskedDiffusion
-    layout: Layout
-    x_0: torch.Tensor
-    maskable: torch.Tensor
-    num_maskable: torch.Tensor
-    row_steps: torch.Tensor
-    context: CleanContext | None
-    before: torch.Tensor | None
-    prior: tuple[torch.Tensor, ...]
-
-    @property
-    def max_steps(self) -> int:
-        return int(self.row_steps.max()) if self.row_steps.numel() else 0
-
-    @cached_property
-    def has_latent(self) -> torch.Tensor:
-        """(batch, N) bool: whether some step reveals enough tokens for a latent."""
-        config = self.model.config
-        enough = most_revealed(self.num_maskable, self.row_steps) >= config.latent_min_tokens
-        return enough & (config.latent_size > 0)
-
-    def is_random(self) -> torch.Tensor:
-        """(batch,) bool: whether a row's value depends on what is drawn."""
-        return ((self.row_steps > 1) | self.has_latent).any(-1)
-
-
-@dataclass
 class _Noise:
     """What was drawn.
 
     Attributes:
-        rank: (num_orders, batch, N, width) int64, when each maskable token is revealed among its unit's.
+        rank: (num_orders, batch, N, width) int64, when each maskable token is revealed among its block's.
         latent: (batch, N, groups, num_orders, num_samples, latent_size) standard normal: one group for each step, or
             one for all of them. `None` without a latent.
     """
@@ -274,147 +246,87 @@ class _Noise:
     latent: torch.Tensor | None
 
 
-def _pose(model, input_ids, labels, attention_mask, position_ids, num_steps) -> _Problem:
-    layout = model.model.lay_out(input_ids, attention_mask, position_ids)  # checks shapes
-    if labels is None:
-        labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
-    check_labels(input_ids, labels, attention_mask, model.config)
-    clean = layout.scatter(input_ids, 0)
-    grid = (layout.num_blocks, layout.width)
-    maskable = layout.scatter(labels != -100, False).unflatten(1, grid)
-    num_maskable = maskable.sum(-1)
-    context, before, prior = None, None, ()
-    if model.config.block_size is not None:
-        hidden_states, context = model.model.read(clean, layout)
-        before = last_before_blocks(hidden_states, layout)
-        prior = () if model.model.latent_prior is None else model.model.latent_prior(before)
-    row_steps = step_schedule(num_maskable, num_steps)
-    return _Problem(model, layout, clean.unflatten(1, grid), maskable, num_maskable, row_steps, context, before, prior)
-
-
-def _draw_noise(problem: _Problem, bound, num_samples, num_orders, generator) -> _Noise:
-    """Numbers are drawn for scored tokens, and for steps and units that have one, only: so padding does not count."""
-    device = problem.x_0.device
-    uniform = torch.full((*problem.maskable.shape, num_orders), torch.inf, device=device)
-    counts = problem.num_maskable.sum(-1).tolist()
-    uniform[problem.maskable] = draw(torch.rand, counts, (num_orders,), generator, device)
-    rank = uniform.permute(3, 0, 1, 2).argsort(dim=-1, stable=True).argsort(dim=-1)
-    size = problem.model.config.latent_size
-    if not problem.has_latent.any():
+def _draw_noise(model, batch: CleanBatch, row_steps, has_latent, bound, num_samples, num_orders, generator) -> _Noise:
+    """Numbers are drawn for scored tokens, and for steps of blocks that have one, only: so padding does not count."""
+    device = batch.x_0.device
+    uniform = torch.full((*batch.maskable.shape, num_orders), torch.inf, device=device)
+    counts = batch.maskable.sum((-2, -1)).tolist()
+    uniform[batch.maskable] = draw(torch.rand, counts, (num_orders,), generator, device)
+    rank = reveal_rank(uniform.permute(3, 0, 1, 2), batch.maskable)
+    if not has_latent.any():
         return _Noise(rank, None)
-    groups = torch.arange(problem.max_steps if bound == "per_step" else 1, device=device)
-    has_latent = groups < problem.row_steps[..., None]  # (batch, N, groups)
-    latent = torch.zeros(*has_latent.shape, num_orders, num_samples, size, device=device)
-    counts = has_latent.sum((-2, -1)).tolist()
-    latent[has_latent] = draw(torch.randn, counts, (num_orders, num_samples, size), generator, device)
+    groups = torch.arange(int(row_steps.max()) if bound == "per_step" else 1, device=device)
+    of_step = groups < row_steps[..., None]  # (batch, N, groups)
+    latent = torch.zeros(*of_step.shape, num_orders, num_samples, model.config.latent_size, device=device)
+    counts = of_step.sum((-2, -1)).tolist()
+    latent[of_step] = draw(torch.randn, counts, (num_orders, num_samples, model.config.latent_size), generator, device)
     return _Noise(rank, latent)
 
 
-def _run(problem: _Problem, bound, noise: _Noise, batch_size, show_progress):
+def _run(model, batch: CleanBatch, row_steps, has_latent, bound, noise: _Noise, batch_size, show_progress):
     """All forward passes. A state is a step of a draw of a row, in all its blocks; it runs once for each sample.
 
     Returns:
         Cross-entropies of the tokens revealed and log p(z) - log q(z), each (num_orders, groups, num_samples, batch,
         N), and KL(q || p) (num_orders, groups, batch, N); a group is a step, or all steps if they share the latent.
     """
-    device, (num_orders, batch, num_blocks, _) = problem.x_0.device, noise.rank.shape
+    device, (num_orders, num_rows, num_blocks, _) = batch.x_0.device, noise.rank.shape
     num_samples = 1 if noise.latent is None else noise.latent.shape[4]
-    num_steps, kept = problem.max_steps, bound == "per_sample"  # kept: one z for all steps
-    cross_entropy = torch.zeros(num_orders, num_steps, num_samples, batch, num_blocks, device=device)
-    log_weight = torch.zeros(num_orders, 1 if kept else num_steps, num_samples, batch, num_blocks, device=device)
+    num_steps, shared = int(row_steps.max()), bound == "per_sample"  # shared: one latent for all steps
+    cross_entropy = torch.zeros(num_orders, num_steps, num_samples, num_rows, num_blocks, device=device)
+    log_weight = torch.zeros(num_orders, 1 if shared else num_steps, num_samples, num_rows, num_blocks, device=device)
     kl = torch.zeros_like(log_weight[:, :, 0])
 
-    posterior = None
-    if kept and noise.latent is not None:
-        chunks = torch.arange(batch, device=device).split(batch_size)
-        parts = [_encode(problem, rows, problem.maskable[rows], problem.maskable[rows]) for rows in chunks]
-        posterior = [torch.cat(part) for part in zip(*parts, strict=True)]
-    has_step = torch.arange(num_steps, device=device)[:, None] < problem.row_steps.amax(-1)
+    statistics = None
+    if shared and noise.latent is not None:
+        chunks = (batch.select(rows) for rows in torch.arange(num_rows, device=device).split(batch_size))
+        parts = [posterior(model, chunk, chunk.maskable, chunk.maskable) for chunk in chunks]
+        statistics = [torch.cat(part) for part in zip(*parts, strict=True)]
+    has_step = torch.arange(num_steps, device=device)[:, None] < row_steps.amax(-1)
     states = has_step.expand(num_orders, -1, -1).nonzero()  # (states, 3): draw, step from 0, row
-    chunks = states.split(max(batch_size // num_samples, 1)) if len(states) else ()
-    for chunk in tqdm(chunks, disable=not show_progress):
-        draws, step, rows = chunk.unbind(-1)
-        masked, revealed = _state(problem, rows, step, noise.rank[draws, rows])
+    for chunk in tqdm(states.split(max(batch_size // num_samples, 1)), disable=not show_progress):
+        order, step, row = chunk.unbind(-1)
+        rows = batch.select(row)
+        masked, revealed = _state(rows.maskable, row_steps[row], step, noise.rank[order, row])
         latents = None
         if noise.latent is not None:
-            group = torch.zeros_like(step) if kept else step
-            paid = problem.has_latent[rows] if kept else revealed.sum(-1) >= problem.model.config.latent_min_tokens
-            statistics = [part[rows] for part in posterior] if kept else _encode(problem, rows, masked, revealed)
-            epsilon = noise.latent[rows, :, group, draws].transpose(1, 2)  # (states, num_samples, N, latent_size)
-            latents, kl_now, log_weight_now = _sample(problem, rows, *statistics, epsilon)
-            kl[draws, group, rows] = kl_now * paid
-            log_weight[draws, group, :, rows] = log_weight_now * paid[:, None]
-        cross_entropy[draws, step, :, rows] = _cross_entropy(
-            problem, rows, masked, revealed, latents, num_samples, batch_size
+            group = torch.zeros_like(step) if shared else step
+            charged = has_latent[row] if shared else revealed.sum(-1) >= model.config.latent_min_tokens
+            mean, log_variance = (
+                posterior(model, rows, masked, revealed) if statistics is None else (part[row] for part in statistics)
+            )
+            epsilon = noise.latent[row, :, group, order].transpose(1, 2)  # (states, num_samples, N, latent_size)
+            prior = (part[:, None] for part in rows.prior)
+            latents, log_ratio = draw_latents(mean[:, None], log_variance[:, None], epsilon, *prior)
+            kl[order, group, row] = gaussian_kl(mean, log_variance, *rows.prior).sum(-1) * charged
+            log_weight[order, group, :, row] = log_ratio.sum(-1) * charged[:, None]
+        cross_entropy[order, step, :, row] = _cross_entropy(
+            model, rows, masked, revealed, latents, num_samples, batch_size
         )
-    return cross_entropy.sum(1, keepdim=True) if kept else cross_entropy, kl, log_weight
+    return cross_entropy.sum(1, keepdim=True) if shared else cross_entropy, kl, log_weight
 
 
-def _state(problem: _Problem, rows, step, rank) -> tuple[torch.Tensor, torch.Tensor]:
+def _state(maskable, row_steps, step, rank) -> tuple[torch.Tensor, torch.Tensor]:
     """Masked before a step (from 0) and revealed by it, both (states, N, width) bool."""
-    num_maskable, row_steps = problem.num_maskable[rows], problem.row_steps[rows]
+    num_maskable = maskable.sum(-1)
     before = num_revealed(step[:, None], num_maskable, row_steps)[..., None]
     after = num_revealed(step[:, None] + 1, num_maskable, row_steps)[..., None]
-    masked = problem.maskable[rows] & (rank >= before)
+    masked = maskable & (rank >= before)
     return masked, masked & (rank < after)
 
 
-def _encode(problem: _Problem, rows, masked, revealed) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log-variance of the model's posterior before a step, each (states, N, latent_size).
-
-    Any posterior gives a bound; this is the one that the model's objective has trained. Where that was not told of
-    single steps (`vmd`, `per_sample`), it is not now: the flag of a token that stays masked has never been learned.
-    """
-    model, layout = problem.model, problem.layout.select(rows)
-    if model.config.objective == "vmd":
-        revealed = masked
-    clean, maskable, masked, revealed = (
-        part.flatten(0, 1) for part in (problem.x_0[rows], problem.maskable[rows], masked, revealed)
-    )
-    corruption = Corruption(masked, revealed, weight=torch.ones(len(masked), device=masked.device))
-    before = None if problem.before is None else problem.before[rows].flatten(0, 1)
-    prior = tuple(part[rows].flatten(0, 1) for part in problem.prior)
-    statistics = model.encode(clean.view(len(rows), -1), layout, maskable, corruption, before, prior)
-    return tuple(part.unflatten(0, (len(rows), -1)) for part in statistics)
-
-
-def _sample(problem: _Problem, rows, mean, log_variance, epsilon):
-    """Latents z = mean + std * epsilon, (states, num_samples, N, latent_size); KL(q || p), (states, N); and
-    log p(z) - log q(z), (states, num_samples, N)."""
-    prior = tuple(part[rows] for part in problem.prior)
-    kl = gaussian_kl(mean, log_variance, *prior).sum(-1)
-    latents, log_ratio = draw_latents(
-        mean[:, None], log_variance[:, None], epsilon, *(part[:, None] for part in prior)
-    )
-    return latents, kl, log_ratio.sum(-1)
-
-
-def _cross_entropy(problem: _Problem, rows, masked, revealed, latents, num_samples, batch_size) -> torch.Tensor:
+def _cross_entropy(model, rows: CleanBatch, masked, revealed, latents, num_samples, batch_size) -> torch.Tensor:
     """-log p(revealed tokens | x^(k), z) in nats, (states, num_samples, N), in passes of `batch_size` at most."""
-    model, num_blocks = problem.model, problem.layout.num_blocks
-    x_t = problem.x_0[rows].masked_fill(masked, model.config.mask_token_id).flatten(1)
-    if latents is not None:
-        latents = latents.flatten(0, 1) if model.config.block_size else latents.flatten(0, 2)
     parts = []
-    for chunk in torch.arange(len(rows) * num_samples, device=rows.device).split(batch_size):
-        state = chunk // num_samples
-        layout = problem.layout.select(rows[state])
-        modulation = model.model.modulation_by(None if latents is None else latents[chunk], layout, len(chunk))
-        modulation = model.model.for_steps(modulation, revealed[state].sum(-1))
-        outputs = model.model(
-            x_t[state],
-            modulation=modulation,
-            layout=layout,
-            context=None if problem.context is None else problem.context.select(rows[state]),
-            return_dict=True,
+    latents = None if latents is None else latents.flatten(0, 1)  # (states * num_samples, N, latent_size)
+    for index in torch.arange(len(masked) * num_samples, device=masked.device).split(batch_size):
+        state = index // num_samples
+        chunk = rows if num_samples == 1 and len(index) == len(masked) else rows.select(state)
+        outputs = denoise(
+            model, chunk, masked[state], revealed[state].sum(-1), None if latents is None else latents[index]
         )
-        hidden_states = outputs.last_hidden_state.unflatten(1, masked.shape[1:])
-        sequence, block, column = revealed[state].nonzero(as_tuple=True)
-        logits = model.compute_logits(hidden_states[sequence, block, column])
-        targets = problem.x_0[rows[state[sequence]], block, column]
-        unit = sequence * num_blocks + block
-        parts.append(row_cross_entropy(logits, targets, unit, len(chunk) * num_blocks))
-    return torch.cat(parts).view(len(rows), num_samples, num_blocks)
+        parts.append(block_cross_entropy(model, outputs.last_hidden_state, chunk.x_0, revealed[state]))
+    return torch.cat(parts).unflatten(0, (len(masked), num_samples))
 
 
 def _standard_error(draws: torch.Tensor, is_random: torch.Tensor) -> torch.Tensor:

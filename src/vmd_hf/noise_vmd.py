@@ -1,13 +1,16 @@
-"""The forward process: which tokens are masked at a time or before a sampling step, and where the randomness is from.
+"""The forward process: which tokens are masked at a time or before a sampling step, and where randomness comes from.
 
-All of it is a function of two uniform numbers: one for each row, which becomes a time or a sampling step, and one for
-each position, which decides what is masked. They are drawn in training, hashed from the row's tokens in evaluation or
-from a seed for each row, and may be given, so that a loss can be reproduced.
+All of it is a function of two uniform numbers: one for each block (or row), which becomes a time or a sampling step,
+and one for each token, which decides what is masked. They are drawn in training, hashed from the row's tokens in
+evaluation or from a seed for each row, and may be given, so that a loss can be reproduced.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
+
+from .schedule_vmd import num_revealed, step_schedule
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 64-bit constants, written as signed integers
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
@@ -17,14 +20,14 @@ _SQRT_2 = 0x6A09E667F3BCC908  # the fraction of the square root of 2 in 64 bits,
 
 @dataclass
 class Corruption:
-    """What noise did to a batch of sequences.
+    """What noise did to a batch of blocks (or whole sequences).
 
     Attributes:
-        masked: (batch, length) bool, positions that hold the mask token in `x_t` (M_t).
-        revealed: (batch, length) bool, the masked positions that are revealed now (A_k); all of `masked` under the
+        masked: (..., length) bool, positions that hold the mask token in `x_t` (M_t).
+        revealed: (..., length) bool, the masked positions that are revealed now (A_k); all of `masked` under the
             `vmd` objective.
-        weight: (batch,) float, factor of the reconstruction term, beside the share of [`scored_tokens`]: `1 / t`,
-            or the number of steps.
+        weight: (...) float, factor of the reconstruction term, beside the share of [`scored_tokens`]: `1 / t`, or
+            the number of steps.
     """
 
     masked: torch.Tensor
@@ -32,33 +35,30 @@ class Corruption:
     weight: torch.Tensor
 
 
-def step_schedule(num_maskable: torch.Tensor, num_steps: int | torch.Tensor) -> torch.Tensor:
-    """T_n = min(T, n): the steps that a row with n maskable tokens takes of T. Any integer shape."""
-    return torch.minimum(num_maskable, torch.as_tensor(num_steps, device=num_maskable.device))
+@dataclass
+class Noise:
+    """The random numbers of a loss, for N blocks a row (1 for whole sequences).
 
-
-def num_revealed(step: int | torch.Tensor, num_maskable: torch.Tensor, row_steps: torch.Tensor) -> torch.Tensor:
-    """floor(k n / T_n): how many of a row's n maskable tokens are revealed after step k of its T_n steps.
-
-    The one schedule of samplers, objectives and bounds. A row with n = 0 has nothing to reveal.
+    Attributes:
+        times: (batch, N) uniform in [0, 1).
+        positions: (batch, N, width) uniform in [0, 1).
+        latents: (batch, N, *latent_shape) standard normal.
     """
-    return torch.div(step * num_maskable, row_steps.clamp(min=1), rounding_mode="floor").minimum(num_maskable)
 
-
-def most_revealed(num_maskable: torch.Tensor, row_steps: torch.Tensor) -> torch.Tensor:
-    """ceil(n / T_n): how many tokens a step of the schedule reveals at most; 0 for a row with n = 0."""
-    return torch.div(num_maskable - 1, row_steps.clamp(min=1), rounding_mode="floor") + 1
+    times: torch.Tensor
+    positions: torch.Tensor
+    latents: torch.Tensor
 
 
 def corrupt_at_time(maskable: torch.Tensor, times: torch.Tensor, position_noise: torch.Tensor) -> Corruption:
     """State of the `vmd` objective: each maskable token is masked where its noise is below t; w(t) = 1 / t.
 
     Args:
-        maskable: (batch, length) bool.
-        times: (batch,) in (0, 1].
-        position_noise: (batch, length), uniform in [0, 1).
+        maskable: (..., length) bool.
+        times: (...) in (0, 1].
+        position_noise: (..., length), uniform in [0, 1).
     """
-    masked = maskable & (position_noise < times[:, None])
+    masked = maskable & (position_noise < times[..., None])
     return Corruption(masked=masked, revealed=masked, weight=1 / times)
 
 
@@ -75,19 +75,22 @@ def corrupt_before_step(
     choice = times.clamp(max=1 - 2**-24) * len(objective_steps)
     row_steps = step_schedule(num_maskable, torch.tensor(objective_steps, device=times.device)[choice.long()])
     step = (choice.frac() * row_steps).long() + 1
-
-    order = position_noise.masked_fill(~maskable, torch.inf).argsort(dim=-1, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
-    before = num_revealed(step - 1, num_maskable, row_steps)[:, None]
-    after = num_revealed(step, num_maskable, row_steps)[:, None]
+    rank = reveal_rank(position_noise, maskable)
+    before = num_revealed(step - 1, num_maskable, row_steps)[..., None]
+    after = num_revealed(step, num_maskable, row_steps)[..., None]
     masked = maskable & (rank >= before)
     return Corruption(masked=masked, revealed=masked & (rank < after), weight=row_steps.to(times.dtype))
 
 
+def reveal_rank(position_noise: torch.Tensor, maskable: torch.Tensor) -> torch.Tensor:
+    """(..., length) int64: when each maskable token is revealed among its block's, in the order of the noise."""
+    order = position_noise.masked_fill(~maskable, torch.inf).argsort(dim=-1, stable=True)
+    ranks = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, ranks)
+
+
 def scored_tokens(
-    masked: torch.Tensor, revealed: torch.Tensor, is_told: torch.Tensor
+    masked: torch.Tensor, revealed: torch.Tensor, sees_revealed: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens of a step whose cross-entropies are added up, and the share of their sum that counts.
 
@@ -97,13 +100,40 @@ def scored_tokens(
 
     Args:
         masked, revealed: (..., length) bool, M_t and A_k, as in [`Corruption`].
-        is_told: (...) bool, whether a latent depends on A_k. Where A_k is all of M_t it does not matter.
+        sees_revealed: (...) bool, whether a latent depends on A_k. Where A_k is all of M_t it does not matter.
 
     Returns:
-        (..., length) bool, and (...) float, 1 where A_k is told.
+        (..., length) bool, and (...) float, 1 where a latent depends on A_k.
     """
     share = revealed.sum(-1) / masked.sum(-1).clamp(min=1)
-    return torch.where(is_told[..., None], revealed, masked), share.masked_fill(is_told, 1)
+    return torch.where(sees_revealed[..., None], revealed, masked), share.masked_fill(sees_revealed, 1)
+
+
+def training_noise(maskable: torch.Tensor, latent_shape: tuple[int, ...]) -> Noise:
+    """Noise from torch's default generator, with times that are stratified over the batch.
+
+    In data parallel the Trainer seeds the default generator alike in every process; so there it gives one number, from
+    which each process takes rows of its own.
+
+    Args:
+        maskable: (batch, N, width), for its shape.
+        latent_shape: Of the latent noise of a block.
+    """
+    batch, num_blocks, width = maskable.shape
+    device = maskable.device
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        first = torch.distributed.get_rank() * batch
+        seeds = torch.randint(2**62, (1,), device=device) + first + torch.arange(batch, device=device)
+        return seeded_noise(seeds, maskable, torch.arange(width, device=device).expand_as(maskable), latent_shape)
+    return Noise(
+        stratified_uniform(batch * num_blocks, device).view(batch, num_blocks),
+        torch.rand(maskable.shape, device=device),
+        torch.randn(batch, num_blocks, *latent_shape, device=device),
+    )
 
 
 def stratified_uniform(batch_size: int, device: torch.device) -> torch.Tensor:
@@ -113,28 +143,24 @@ def stratified_uniform(batch_size: int, device: torch.device) -> torch.Tensor:
 
 
 def hashed_noise(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, latent_size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noise that is a hash of the row's own tokens, so that it depends neither on the batch nor on the padding.
+    input_ids: torch.Tensor, real: torch.Tensor | None, position_ids: torch.Tensor, latent_shape: tuple[int, ...]
+) -> Noise:
+    """Noise that is a hash of each block's own tokens, so that it depends neither on the batch nor on the padding.
 
     Args:
-        input_ids, attention_mask, position_ids: (batch, length), the clean tokens.
-        latent_size: Dimensions of the latent.
-
-    Returns:
-        (batch,) uniform for times, (batch, length) uniform for positions, (batch, latent_size) standard normal.
+        input_ids, real, position_ids: (batch, N, width): the clean tokens, what is not padding, and where they stand.
+        latent_shape: Of the latent noise of a block.
     """
-    positions = position_ids + 1
-    tokens = _mix(_mix(input_ids.long() + 1) + positions * _GOLDEN)
-    if attention_mask is not None:
-        tokens = tokens.masked_fill(attention_mask == 0, 0)
+    tokens = _mix(_mix(input_ids.long() + 1) + (position_ids + 1) * _GOLDEN)
+    if real is not None:
+        tokens = tokens.masked_fill(~real, 0)
     seed = _mix(tokens.sum(-1))
-    return _uniform(seed), *_noise_of(seed, positions, latent_size)
+    return Noise(_uniform(seed), *_noise_of(seed, position_ids, latent_shape))
 
 
 def seeded_noise(
-    seeds: torch.Tensor, num_blocks: int, position_ids: torch.Tensor, latent_size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    seeds: torch.Tensor, maskable: torch.Tensor, position_ids: torch.Tensor, latent_shape: tuple[int, ...]
+) -> Noise:
     """Noise that is a function of a row's seed, so that it depends neither on the batch nor on the padding.
 
     Times are the multiples of the golden ratio without their whole part, so that those of consecutive seeds are spread
@@ -142,24 +168,23 @@ def seeded_noise(
 
     Args:
         seeds: (batch,) int64.
-        num_blocks: N, blocks of each row; 1 for whole sequences. Each has noise of its own.
-        position_ids: (batch * N, length), positions of each block's tokens.
-        latent_size: Dimensions of the latent.
-
-    Returns:
-        (batch * N,) uniform for times, (batch * N, length) uniform for positions, (batch * N, latent_size) standard
-        normal.
+        maskable: (batch, N, width), for its shape. Each block has noise of its own.
+        position_ids: (batch, N, width), where the tokens stand.
+        latent_shape: Of the latent noise of a block.
     """
-    blocks = torch.arange(num_blocks, device=seeds.device)
-    multiples = (seeds[:, None] * _GOLDEN + blocks * _SQRT_2).flatten()
-    return _fraction(multiples), *_noise_of(_mix(multiples), position_ids + 1, latent_size)
+    blocks = torch.arange(maskable.shape[1], device=seeds.device)
+    multiples = seeds[:, None] * _GOLDEN + blocks * _SQRT_2
+    return Noise(_fraction(multiples), *_noise_of(_mix(multiples), position_ids, latent_shape))
 
 
-def _noise_of(seed: torch.Tensor, positions: torch.Tensor, latent_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    dimensions = torch.arange(1, latent_size + 1, device=seed.device)
+def _noise_of(
+    seed: torch.Tensor, position_ids: torch.Tensor, latent_shape: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dimensions = torch.arange(1, math.prod(latent_shape) + 1, device=seed.device)
     # Streams: 0 for the time, positive for positions, negative for latent dimensions.
-    latent_uniform = (_uniform(seed[:, None] - dimensions * _GOLDEN) + 2**-25).clamp(max=1 - 2**-24)
-    return _uniform(seed[:, None] + positions * _GOLDEN), torch.special.ndtri(latent_uniform)
+    latent_uniform = (_uniform(seed[..., None] - dimensions * _GOLDEN) + 2**-25).clamp(max=1 - 2**-24)
+    latents = torch.special.ndtri(latent_uniform).view(*seed.shape, *latent_shape)
+    return _uniform(seed[..., None] + (position_ids + 1) * _GOLDEN), latents
 
 
 def _mix(state: torch.Tensor) -> torch.Tensor:
@@ -183,13 +208,13 @@ def _uniform(state: torch.Tensor) -> torch.Tensor:
 
 __all__ = [
     "Corruption",
+    "Noise",
     "corrupt_at_time",
     "corrupt_before_step",
     "hashed_noise",
-    "most_revealed",
-    "num_revealed",
+    "reveal_rank",
     "scored_tokens",
     "seeded_noise",
-    "step_schedule",
     "stratified_uniform",
+    "training_noise",
 ]

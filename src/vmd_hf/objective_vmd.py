@@ -1,60 +1,302 @@
-"""The terms of the training objectives, as pure functions in float32 (arXiv 2510.23606, equation of L_VMD)."""
+"""The training objectives, formula and code (arXiv 2510.23606, equation of L_VMD, and its few-step relatives).
+
+A block (or a whole sequence) of clean tokens x_0 is corrupted to x_t: the tokens of M_t are masked, and those of A_k,
+a part of them, are revealed now. z is the block's latent, T_n the number of steps of a sampler that takes at most one
+a token. Each block pays, in nats,
+
+    vmd          1/t ( R(M_t) + beta KL( q(z | x_0, x_t) || p(z) ) )             t ~ U(0, 1], each token masked w.p. t
+    per_sample   T_n R(A_k)   + beta KL( q(z | x_0, all masked) || p(z) )        k ~ U{1..T_n}, T drawn from a list
+    per_step     T_n ( R(A_k) + beta KL( q(z | x_0, x_t, A_k) || p(z) ) )        the same
+
+    R(A) = E_q [ - sum_{i in A} log p(x_0^i | x_t, z) ]
+
+`vmd` is the paper's. `per_sample` is the likelihood bound of the few-step sampler that keeps one z, `per_step` that of
+the sampler with a latent per step. Where z does not depend on A_k (or there is none), R(A_k) is replaced by its
+expectation over A_k, a share of R(M_t) (see `scored_tokens`). The sum over the batch is divided by its number of
+labelled tokens, or by `num_items_in_batch`.
+
+The same pieces, corruption aside, make the likelihood bounds (`vmd_hf.nelbo`).
+"""
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
-
-def standardised(
-    values: torch.Tensor, prior_mean: torch.Tensor | None = None, prior_log_variance: torch.Tensor | None = None
-) -> torch.Tensor:
-    """How far values lie from the prior's mean, in its standard deviations. Default prior: N(0, 1)."""
-    return values if prior_mean is None else (values - prior_mean) * (-0.5 * prior_log_variance).exp()
-
-
-def gaussian_kl(
-    mean: torch.Tensor,
-    log_variance: torch.Tensor,
-    prior_mean: torch.Tensor | None = None,
-    prior_log_variance: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """KL(N(mean, exp(log_variance)) || prior) for each element, in nats. Any shape. Default prior: N(0, 1)."""
-    mean, log_variance = mean.float(), log_variance.float()
-    if prior_mean is not None:
-        prior_mean, prior_log_variance = prior_mean.float(), prior_log_variance.float()
-        mean = standardised(mean, prior_mean, prior_log_variance)
-        log_variance = log_variance - prior_log_variance
-    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+from .blocks_vmd import CleanContext, Layout
+from .checks_vmd import check_keywords, check_labels, check_noise, check_shape
+from .latents_vmd import draw_latents, gaussian_kl, standardised
+from .noise_vmd import (
+    Corruption,
+    corrupt_at_time,
+    corrupt_before_step,
+    hashed_noise,
+    scored_tokens,
+    seeded_noise,
+    training_noise,
+)
 
 
-def draw_latents(
-    mean: torch.Tensor,
-    log_variance: torch.Tensor,
-    epsilon: torch.Tensor,
-    prior_mean: torch.Tensor | None = None,
-    prior_log_variance: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """z = mean + std * epsilon, and log p(z) - log q(z) for each element, in nats. Shapes broadcast to `epsilon`'s."""
-    latents = mean + (0.5 * log_variance).exp() * epsilon
-    if prior_log_variance is not None:
-        log_variance = log_variance - prior_log_variance
-    distance = standardised(latents, prior_mean, prior_log_variance)
-    return latents, 0.5 * (epsilon.square() - distance.square() + log_variance)
+@dataclass
+class CleanBatch:
+    """Clean rows on the model's grid of N blocks (1 for whole sequences), and what all their corruptions share.
+
+    Attributes:
+        layout: Of the grid.
+        x_0: (batch, N, width) int64.
+        maskable: (batch, N, width) bool, the labelled tokens.
+        context: With blocks, the clean tokens that they see, read once.
+        before: With blocks, (batch, N, hidden): the clean hidden state before each block.
+        prior: Mean and log-variance of a learned prior, each (batch, N, latent_size); none: N(0, I).
+    """
+
+    layout: Layout
+    x_0: torch.Tensor
+    maskable: torch.Tensor
+    context: CleanContext | None = None
+    before: torch.Tensor | None = None
+    prior: tuple[torch.Tensor, ...] = ()
+
+    def select(self, rows: torch.Tensor) -> "CleanBatch":
+        """The batch that is made of these rows (int64, any number of times each)."""
+        return CleanBatch(
+            self.layout.select(rows),
+            self.x_0[rows],
+            self.maskable[rows],
+            None if self.context is None else self.context.select(rows),
+            None if self.before is None else self.before[rows],
+            tuple(part[rows] for part in self.prior),
+        )
 
 
-def row_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Sum of -log p(target) over the tokens of each row, in nats.
+@dataclass
+class Loss:
+    """What `VMDForMaskedDiffusion.forward` returns of a loss (see its output), the denoiser's own output, and the
+    layout of its rows."""
+
+    loss: torch.Tensor
+    reconstruction_loss: torch.Tensor
+    kl: torch.Tensor
+    kl_per_latent: torch.Tensor | None
+    posterior_shift: torch.Tensor | None
+    outputs: object
+    layout: Layout
+
+
+def read_clean(model, input_ids, labels, attention_mask=None, position_ids=None) -> CleanBatch:
+    """Lays out clean rows (batch, length) with their labels, and reads the context of their blocks.
+
+    Raises:
+        ValueError: for wrong shapes, or labels that differ from the inputs or have no probability.
+    """
+    layout = model.model.lay_out(input_ids, attention_mask, position_ids)
+    check_labels(input_ids, labels, attention_mask, model.config)
+    clean = layout.scatter(input_ids, 0)
+    batch = CleanBatch(layout, layout.blocks(clean), layout.blocks(layout.scatter(labels != -100, False)))
+    if model.config.block_size is not None:
+        hidden_states, batch.context = model.model.read(clean, layout)
+        batch.before = last_before_blocks(hidden_states, layout)
+        if model.model.latent_prior is not None:
+            batch.prior = model.model.latent_prior(batch.before)
+    return batch
+
+
+def last_before_blocks(hidden_states: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """For each block the clean hidden state of the token before it, 0 where it is the first of its document.
+
+    (batch, N * width, hidden) to (batch, N, hidden).
+    """
+    last, document = layout.blocks(hidden_states)[:, :, -1], layout.blocks(layout.document)
+    follows = (document[:, 1:, 0] == document[:, :-1, -1]) & (document[:, 1:, 0] >= 0)
+    return F.pad(last[:, :-1] * follows[..., None], (0, 0, 1, 0))
+
+
+def corrupt(
+    model,
+    batch: CleanBatch,
+    times: torch.Tensor | None = None,
+    position_noise: torch.Tensor | None = None,
+    latent_noise: torch.Tensor | None = None,
+    noise_seeds: torch.Tensor | None = None,
+) -> tuple[Corruption, torch.Tensor]:
+    """M_t, A_k and w of each block, (batch, N, ...), and the noise of its latent (batch, N, draws, latent_size).
+
+    Noise that is not given is drawn in training mode and hashed from the tokens in evaluation mode, or a function of
+    `noise_seeds`; shapes as in `VMDForMaskedDiffusion.forward`, but `position_noise`, which is on the grid.
+    """
+    config, layout, (rows, num_blocks, _) = model.config, batch.layout, batch.x_0.shape
+    per_block = config.objective_draws, config.latent_size
+    given_shape = (rows,) if config.block_size is None else (rows, num_blocks)
+    given_draws = per_block if config.objective_draws > 1 else (config.latent_size,)
+    check_noise(times, None, latent_noise, (given_shape, None), given_draws, config)
+    if noise_seeds is not None:
+        check_shape("noise_seeds", noise_seeds, (rows,))
+        noise = seeded_noise(noise_seeds, batch.maskable, layout.blocks(layout.position_ids), per_block)
+    elif model.training:
+        noise = training_noise(batch.maskable, per_block)
+    else:
+        real = None if layout.real is None else layout.blocks(layout.real)
+        noise = hashed_noise(batch.x_0, real, layout.blocks(layout.position_ids), per_block)
+    if times is None and config.objective == "vmd":
+        noise.times = config.time_epsilon + (1 - config.time_epsilon) * noise.times
+    elif times is not None:
+        noise.times = times.view(rows, num_blocks)
+    if position_noise is not None:
+        noise.positions = layout.blocks(position_noise)
+    if latent_noise is not None:
+        noise.latents = latent_noise.view(rows, num_blocks, *per_block)
+    if config.objective == "vmd":
+        corruption = corrupt_at_time(batch.maskable, noise.times, noise.positions)
+    else:
+        corruption = corrupt_before_step(batch.maskable, noise.times, noise.positions, config.objective_steps)
+    return corruption, noise.latents
+
+
+def posterior(model, batch: CleanBatch, masked: torch.Tensor, revealed: torch.Tensor):
+    """Mean and log-variance of q(z | x_0, ...) of the model's objective, each (batch, N, latent_size) float32.
 
     Args:
-        logits: (tokens, vocabulary), of the scored positions only.
-        targets: (tokens,), their clean token ids.
-        rows: (tokens,), the row of the batch that each belongs to.
-        num_rows: Rows in the batch; a row without scored tokens gets 0.
-
-    Returns:
-        (num_rows,) float32.
+        masked, revealed: (batch, N, width) bool, M_t and A_k. The objective says what of them q depends on.
     """
-    losses = F.cross_entropy(logits.float(), targets, reduction="none")
-    return losses.new_zeros(num_rows).index_add(0, rows, losses)
+    layout = batch.layout
+    if model.config.objective == "per_sample":
+        masked = revealed = batch.maskable
+    elif model.config.objective == "vmd":
+        revealed = masked
+    embeddings = model.model.embeddings(batch.x_0.flatten(1), layout.position_ids)
+    position_ids = layout.blocks(layout.position_ids).flatten(0, 1)
+    real = None
+    if layout.real is not None:
+        real = layout.blocks(layout.real).flatten(0, 1)
+        real = real | ~real.any(-1, keepdim=True)  # a block of padding alone may attend to itself
+    embeddings, masked, revealed = (
+        part.flatten(0, 1) for part in (layout.blocks(embeddings), masked, revealed)
+    )  # every block a row of its own
+    statistics = model.latent_encoder(
+        embeddings,
+        masked,
+        revealed,
+        position_ids,
+        model.model.attention_context(embeddings, real, position_ids),
+        None if batch.before is None else batch.before.flatten(0, 1),
+        tuple(part.flatten(0, 1) for part in batch.prior),
+    )
+    return tuple(part.unflatten(0, batch.x_0.shape[:2]) for part in statistics)
 
 
-__all__ = ["draw_latents", "gaussian_kl", "row_cross_entropy", "standardised"]
+def denoise(model, batch: CleanBatch, masked: torch.Tensor, num_revealed: torch.Tensor, latents=None, **kwargs):
+    """One pass over x_t: the denoiser's output, on the grid.
+
+    Args:
+        masked: (batch, N, width) bool, M_t.
+        num_revealed: (batch, N), tokens revealed now: fewer than `latent_min_tokens` have the null latent.
+        latents: (batch, N, latent_size), or `None` for a model without a latent.
+    """
+    conditioning = None
+    if latents is not None:
+        conditioning = model.model.for_steps(model.model.condition(latents), num_revealed)
+    x_t = batch.x_0.masked_fill(masked, model.config.mask_token_id).flatten(1)
+    return model.model(
+        x_t, layout=batch.layout, conditioning=conditioning, context=batch.context, return_dict=True, **kwargs
+    )
+
+
+def block_cross_entropy(model, hidden_states: torch.Tensor, x_0: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+    """Sum of -log p(x_0^i | x_t, z) over the scored tokens of each block, (batch, N) float32, in nats.
+
+    Args:
+        hidden_states: (batch, N * width, hidden), of the denoiser.
+        x_0, scored: (batch, N, width). Logits are computed for scored tokens only.
+    """
+    scored = scored.flatten()
+    index = scored.nonzero().squeeze(-1)
+    logits = model.compute_logits(hidden_states.flatten(0, 1)[index])
+    losses = F.cross_entropy(logits.float(), x_0.flatten()[index], reduction="none")
+    blocks = losses.new_zeros(x_0.shape[0] * x_0.shape[1])
+    return blocks.index_add(0, index // x_0.shape[2], losses).view(x_0.shape[:2])
+
+
+def variational_loss(
+    model,
+    batch: CleanBatch,
+    corruption: Corruption,
+    latent_noise: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **kwargs,
+) -> Loss:
+    """The objective of the module's docstring, for a corruption and the noise of z = mean + std * noise."""
+    config = model.config
+    check_keywords(kwargs)
+    masked, revealed = corruption.masked, corruption.revealed
+    num_revealed = revealed.sum(-1)  # (batch, N)
+    has_latent = num_revealed >= config.latent_min_tokens
+    latents, kl_elements, shift = None, None, None
+    if config.latent_size:
+        mean, log_variance = posterior(model, batch, masked, revealed)
+        kl_elements = gaussian_kl(mean, log_variance, *batch.prior) * has_latent[..., None]
+        shift = (standardised(mean, *batch.prior) * has_latent[..., None]).detach()
+        per_draw = (part[:, :, None] for part in (mean, log_variance))
+        prior = (part[:, :, None] for part in batch.prior)
+        latents, log_ratio = draw_latents(*per_draw, latent_noise, *prior)  # (batch, N, draws, latent_size)
+    sees_revealed = has_latent & (config.objective == "per_step" and config.latent_size > 0)
+    scored, share = scored_tokens(masked, revealed, sees_revealed)
+
+    num_draws = config.objective_draws if config.latent_size else 1
+    rows, draws = batch, latents
+    if num_draws > 1:
+        index = torch.arange(masked.shape[0], device=masked.device).repeat_interleave(num_draws)
+        rows, masked, scored, num_revealed = batch.select(index), masked[index], scored[index], num_revealed[index]
+        draws = latents.transpose(1, 2).flatten(0, 1)  # (batch * draws, N, latent_size)
+    elif latents is not None:
+        draws = latents.squeeze(2)
+    with_loops = config.loop_loss and model.training
+    outputs = denoise(
+        model, rows, masked, num_revealed, draws, **(kwargs | {"output_hidden_states": True} if with_loops else kwargs)
+    )
+
+    def reconstruction_of(hidden_states):  # (batch, N, draws)
+        losses = block_cross_entropy(model, hidden_states, rows.x_0, scored)
+        return losses.view(-1, num_draws, losses.shape[-1]).transpose(1, 2)
+
+    reconstruction = reconstruction_of(outputs.last_hidden_state)
+    num_items = batch.maskable.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+    weight = corruption.weight * share / num_items.clamp(min=1)
+    reconstruction_loss = (weight * reconstruction.mean(-1)).sum()
+    kl = reconstruction_loss.new_zeros(())
+    if kl_elements is not None:
+        kl_weight = 1 if config.objective == "per_sample" else corruption.weight
+        kl = (kl_weight * kl_elements.sum(-1)).sum() / num_items.clamp(min=1)
+    if num_draws == 1:
+        loss = reconstruction_loss + model.kl_weight() * kl
+    else:
+        log_ratio = log_ratio.sum(-1) * has_latent[..., None]
+        evidence = model.kl_weight() * log_ratio - reconstruction
+        loss = (weight * (math.log(num_draws) - evidence.logsumexp(-1))).sum()
+    if with_loops:
+        earlier = outputs.hidden_states[config.num_hidden_layers : -1 : config.num_hidden_layers]  # before the norm
+        length = batch.layout.num_blocks * batch.layout.width  # after the clean tokens
+        losses = [reconstruction_of(model.model.norm(state[:, -length:])).mean(-1) for state in earlier]
+        loss = loss + (weight * sum(losses)).sum() / len(earlier)
+    per_latent = num_revealed.shape if config.block_size is not None else num_revealed.shape[:1]
+    return Loss(
+        loss=loss,
+        reconstruction_loss=reconstruction_loss.detach(),
+        kl=kl.detach(),
+        kl_per_latent=None if kl_elements is None else kl_elements.sum(-1).detach().view(-1, *per_latent[1:]),
+        posterior_shift=None if shift is None else shift.view(-1, *per_latent[1:], config.latent_size),
+        outputs=outputs,
+        layout=rows.layout,
+    )
+
+
+__all__ = [
+    "CleanBatch",
+    "block_cross_entropy",
+    "corrupt",
+    "denoise",
+    "last_before_blocks",
+    "posterior",
+    "read_clean",
+    "variational_loss",
+]

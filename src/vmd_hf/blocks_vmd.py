@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -92,7 +93,7 @@ class Layout:
         width: Tokens of a block (for whole sequences the length), so that the grid is (batch, N * width).
         position_ids: (batch, N * width), positions in each row's own text.
         real: (batch, N * width) bool, False for padding; `None` where nothing is padding.
-        document: (batch or 1, N * width), see [`Places`]; `None` for whole sequences.
+        document: (batch or 1, N * width), see [`Places`]; `None` for whole sequences, one document a row.
         slots: (batch, length), the column on the grid of each column of the row, N * width for padding; `None` where
             the grid is the row itself.
         first_block: Number of the grid's first block, (batch, 1) where it is not the row's first.
@@ -131,9 +132,9 @@ class Layout:
         real = None if real is None else real.expand(len(rows), -1)
         return Layout(self.num_blocks, self.width, position_ids, real, document, None, first_block)
 
-    def units(self, grid: torch.Tensor) -> torch.Tensor:
-        """(batch, N * width, ...) on the grid to (batch * N, width, ...): one row for each block."""
-        return grid.unflatten(1, (self.num_blocks, self.width)).flatten(0, 1)
+    def blocks(self, grid: torch.Tensor) -> torch.Tensor:
+        """(batch, N * width, ...) on the grid to (batch, N, width, ...)."""
+        return grid.unflatten(1, (self.num_blocks, self.width))
 
     def places(self, clean: bool) -> Places:
         columns = torch.arange(self.num_blocks * self.width, device=self.document.device)[None]
@@ -147,6 +148,34 @@ class Layout:
 def row_positions(real: torch.Tensor) -> torch.Tensor:
     """Position of each token in its own row, padding (`real` False) left out: (batch, length), 0 at padding."""
     return (real.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def documents_of(position_ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """(batch, length) int64: which document of its row a token belongs to. A position that is no larger than that of
+    the real token before it starts a new one. What padding gets is arbitrary."""
+    columns = torch.arange(position_ids.shape[1], device=position_ids.device)
+    last = columns.expand_as(position_ids) if real is None else torch.where(real, columns, -1)
+    last = nn.functional.pad(last.cummax(-1).values[:, :-1], (1, 0), value=-1)  # the last real column before each
+    before = torch.where(last >= 0, position_ids.gather(-1, last.clamp(min=0)), -1)
+    starts = position_ids <= before
+    return (starts if real is None else starts & real).long().cumsum(-1)
+
+
+def lay_out_rows(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> Layout:
+    """Whole sequences as they are. Arguments as in [`lay_out_blocks`]."""
+    real = None if attention_mask is None else attention_mask != 0
+    document = None
+    if position_ids is not None:
+        document = documents_of(position_ids, real)
+        if document.device.type == "cpu" and not torch.compiler.is_compiling() and not document.any():
+            document = None  # one document a row, which attention need not be told (elsewhere asking would wait)
+    elif real is not None:
+        position_ids = row_positions(real)
+    else:
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    return Layout(1, input_ids.shape[1], position_ids, real, document)
 
 
 def lay_out_blocks(
@@ -181,12 +210,12 @@ def lay_out_blocks(
         slots = positions
     else:
         positions = position_ids
-        last = torch.where(real, columns, -1).cummax(-1).values.roll(1, -1).index_fill(-1, columns[:1], -1)
-        before = torch.where(last >= 0, positions.gather(-1, last.clamp(min=0)), -1)  # the last real token's position
-        new_document = real & (positions <= before)
-        document = new_document.long().cumsum(-1)
+        document = documents_of(positions, real)
         block_in_document = positions // block_size
-        new_block = real & (new_document | (block_in_document != before.div(block_size, rounding_mode="floor")))
+        key = (document << 32) + block_in_document  # grows along the row's real tokens
+        last = torch.where(real, key, -1).cummax(-1).values
+        last = nn.functional.pad(last[:, :-1], (1, 0), value=-1)
+        new_block = real & (key > last)
         block = new_block.long().cumsum(-1) - 1
         num_blocks = max(int(block.max()) + 1, 1)
         slots = block.clamp(min=0) * block_size + positions % block_size

@@ -1,0 +1,165 @@
+"""Transformer layers: attention, feed-forward, and adaLN, by which a conditioning vector changes both."""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from .configuration_vmd import VMDConfig
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention in plain operations, which can also return its weights (batch, heads, queries, keys)."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class VMDZeroLinear(nn.Linear):
+    """A linear layer whose weights start at zero (see `VMDPreTrainedModel._init_weights`)."""
+
+
+class VMDGroupBias(nn.Linear):
+    """What a layer's heads add to the scores of positions that are in the same groups: at the start one head in turn
+    looks at each grouping, and one in `groupings + 1` at none (see `VMDPreTrainedModel._init_weights`)."""
+
+    def __init__(self, config: VMDConfig):
+        super().__init__(len(config.position_groups), config.num_attention_heads, bias=False)
+
+    def forward(self, same_group, attention_mask):
+        """(rows, length, length, groupings) and a mask (batch, 1, length, length), bool, float or `None`, to scores
+        (rows or batch, heads, length, length) to add."""
+        scores = super().forward(same_group).permute(0, 3, 1, 2)
+        if attention_mask is None:
+            return scores
+        if attention_mask.dtype == torch.bool:
+            return scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        return scores + attention_mask
+
+
+class VMDAttention(nn.Module):
+    def __init__(self, config: VMDConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.group_bias = VMDGroupBias(config) if config.position_group_bias else None
+
+    def forward(
+        self,
+        hidden_states,
+        context_key=None,
+        context_value=None,
+        attention_mask=None,
+        position_embeddings=None,
+        same_group=None,
+        **kwargs,
+    ):
+        """Output (batch, length, hidden), attention weights or `None`, and this pass's own key and value.
+
+        `context_key` and `context_value` (batch, heads, read, head_dim) are those of earlier tokens.
+        """
+        shape = hidden_states.shape[:-1]
+        qkv = self.qkv_proj(hidden_states).view(*shape, 3, -1, self.head_dim)
+        query, own_key, own_value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head_dim)
+        if position_embeddings is not None:
+            query, own_key = apply_rotary_pos_emb(query, own_key, *position_embeddings)
+        key, value = own_key, own_value
+        if context_key is not None:
+            key, value = torch.cat([context_key, key], dim=2), torch.cat([context_value, value], dim=2)
+        if self.group_bias is not None:
+            attention_mask = self.group_bias(same_group, attention_mask).to(query.dtype)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*shape, -1)), weights, own_key, own_value
+
+
+class VMDMLP(nn.Module):
+    def __init__(self, config: VMDConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states):
+        return self.down_proj(self.act(self.up_proj(hidden_states)))
+
+
+class VMDLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer, of which a conditioning vector may shift, scale and gate both halves (adaLN).
+
+    The map from that vector has no bias and starts at zero, and its gates are added to 1: a zero vector, and an
+    untrained map, leave the layer as it is.
+    """
+
+    def __init__(self, config: VMDConfig, layer_idx: int, conditioned: bool = False):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+        self.attention = VMDAttention(config, layer_idx)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+        self.mlp = VMDMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        size = config.conditioning_size + 1, 6 * config.hidden_size
+        self.modulation = VMDZeroLinear(*size, bias=False) if conditioned else None
+
+    def forward(
+        self, hidden_states, conditioning=None, context_key=None, context_value=None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The new hidden states, and the layer's own key and value.
+
+        Args:
+            hidden_states: (batch, length, hidden).
+            conditioning: (batch, blocks, conditioning_size + 1): of each of the row's equal blocks.
+            context_key, context_value, kwargs: Of the attention.
+        """
+        changes = [None] * 6
+        if conditioning is not None and self.modulation is not None:
+            changes = self.modulation(conditioning).chunk(6, dim=-1)  # each (batch, blocks, hidden)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = changes
+        update, _, key, value = self.attention(
+            modulate(self.attention_norm(hidden_states), shift_1, scale_1), context_key, context_value, **kwargs
+        )
+        hidden_states = add_gated(hidden_states, self.dropout(update), gate_1)
+        update = self.mlp(modulate(self.mlp_norm(hidden_states), shift_2, scale_2))
+        return add_gated(hidden_states, self.dropout(update), gate_2), key, value
+
+
+def modulate(hidden_states, shift, scale):
+    """(batch, length, hidden) with one shift and scale (batch, blocks, hidden) for each of its equal blocks."""
+    if scale is None:
+        return hidden_states
+    if scale.shape[1] == 1:
+        return torch.addcmul(shift, hidden_states, 1 + scale)
+    blocks = hidden_states.unflatten(1, (scale.shape[1], -1))
+    return torch.addcmul(shift[:, :, None], blocks, (1 + scale)[:, :, None]).flatten(1, 2)
+
+
+def add_gated(residual, update, gate):
+    if gate is None:
+        return residual + update
+    if gate.shape[1] == 1:
+        return torch.addcmul(residual, 1 + gate, update)
+    shape = (gate.shape[1], -1)
+    blocks = residual.unflatten(1, shape), (1 + gate)[:, :, None], update.unflatten(1, shape)
+    return torch.addcmul(*blocks).flatten(1, 2)
+
+
+__all__ = ["VMDGroupBias", "VMDLayer", "VMDZeroLinear", "eager_attention_forward"]
