@@ -3,25 +3,19 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig
 
+import vmd_hf
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion, VMDGenerationConfig, VMDModel
 from vmd_hf.data.synthetic import synthetic_tokenizer
 from vmd_hf.data.text import character_tokenizer
 from vmd_hf.hub import check_model, check_tokenizer, encode_text, export_model, load_model, load_tokenizer
 
-CODE = {
-    "configuration_vmd.py",
-    "generation_vmd.py",
-    "modeling_vmd.py",
-    "masking_vmd.py",
-    "noise_vmd.py",
-    "objective_vmd.py",
-    "pipeline_vmd.py",
-}
+CODE = {path.name for path in Path(vmd_hf.__file__).parent.glob("*_vmd.py")}
 WEIGHTS = {"config.json", "generation_config.json", "model.safetensors"}
 
 
@@ -46,7 +40,8 @@ def small_model(tokenizer=None, **changes):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-        model.kl_warmup_progress.fill_(7)
+        if model.latent_encoder is not None:
+            model.latent_encoder.kl_warmup_progress.fill_(7)
     return model
 
 
@@ -384,7 +379,7 @@ def test_an_exported_folder_loads_trains_and_saves_without_the_package(tmp_path)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert results["trained"]["kl_warmup_progress"] == 9
+    assert results["trained"]["latent_encoder.kl_warmup_progress"] == 9
     assert torch.equal(results["trained_tokens"], results["unsaved_tokens"])
     # What was loaded with its code is saved with it; the pipeline saves its own.
     assert names(tmp_path / "again") >= CODE - {"pipeline_vmd.py"}

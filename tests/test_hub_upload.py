@@ -78,7 +78,7 @@ def test_what_the_script_uploads_in_one_commit_works_without_the_package(hub, tm
         arguments = TrainingArguments("run", max_steps=3, report_to="none", save_strategy="no", use_cpu=True)
         trainer = Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
         trainer.train()
-        assert model.kl_warmup_progress == 7 + 3
+        assert model.latent_encoder.kl_warmup_progress == 7 + 3
         trainer.save_model("again")
         again = AutoModelForMaskedLM.from_pretrained("again", **remote)
         assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
