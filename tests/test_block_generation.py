@@ -10,8 +10,9 @@ import torch
 from helpers import MASK, PAD, StopOnce, digits, normal, padded, randomise, seeded, tiny_config, unpadded
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
-from vmd_hf import VMDForMaskedDiffusion, VMDGenerationConfig, generation_vmd
-from vmd_hf.generation_vmd import REMASKING_RULES, corrector_probability
+from vmd_hf import VMDForMaskedDiffusion, VMDGenerationConfig, sampling_vmd
+from vmd_hf.generation_configuration_vmd import REMASKING_RULES
+from vmd_hf.sampling_vmd import corrector_probability
 from vmd_hf.masking_vmd import EMPTY
 
 SIZE, LATENT = 4, 4  # tokens of a block, dimensions of a latent
@@ -1098,7 +1099,7 @@ def test_a_corrector_is_told_what_was_revealed_and_with_which_probability(any_mo
         calls.append([value.clone() for value in (revealed, probability, before, after, num_maskable, sigma)])
         return sigma
 
-    monkeypatch.setattr(generation_vmd, "corrector_probability", record)
+    monkeypatch.setattr(sampling_vmd, "corrector_probability", record)
     row, num_steps = [MASK, 1, MASK, MASK, MASK, MASK, MASK, MASK], 6
     rounds = [0, 4] if any_model.config.block_size else [0]
     latents = normal(1, len(rounds), LATENT, seed=3)

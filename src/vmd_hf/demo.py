@@ -22,7 +22,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
 from .data.sudoku import CELLS_OF_UNIT, DIGITS, UNIT_NAMES, parse_board
 from .data.synthetic import target_distribution
-from .generation_vmd import REMASKING_RULES
+from .generation_configuration_vmd import REMASKING_RULES
 from .hub import load_tokenizer
 from .modeling_vmd import VMDForMaskedDiffusion
 

@@ -26,11 +26,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .generation_vmd import Generators, check_generators, draw
 from .masking_vmd import CleanContext, Layout
 from .modeling_vmd import VMDForMaskedDiffusion, check_labels, last_before_blocks
 from .noise_vmd import Corruption, most_revealed, num_revealed, step_schedule
 from .objective_vmd import draw_latents, gaussian_kl, row_cross_entropy
+from .sampling_vmd import Generators, check_generators, draw
 
 Bound = Literal["per_sample", "per_step"]
 
