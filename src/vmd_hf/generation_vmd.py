@@ -144,10 +144,11 @@ class Rounds(NamedTuple):
     def most_masked(self, index: int, config: VMDGenerationConfig) -> list[int]:
         """Before each step of a round, the most masks that a row can have left."""
         num_masked, num_steps = self.num_masked[:, index], self.num_steps[:, index]
-        steps = torch.arange(int(num_steps.max()))
-        if config.corrector is not None:  # may mask again what was revealed
-            return [int(num_masked.max())] * len(steps)
-        return (num_masked - num_revealed(steps[:, None], num_masked, num_steps)).amax(-1).tolist()
+        steps = torch.arange(int(num_steps.max()))[:, None]
+        most = num_masked - num_revealed(steps, num_masked, num_steps)
+        if config.corrector is not None:  # no more are masked again in a step than were revealed before it
+            most = most.maximum(num_revealed(steps - 1, num_masked, num_steps))
+        return most.amax(-1).tolist()
 
 
 @dataclass
