@@ -483,7 +483,7 @@ class VMDGenerationMixin:
             working = (state.rounds.num_masked[:, index] > 0) & ~state.stopped
             if may_stop and not working.any():
                 break
-            self._fill_blocks(state, index, working)
+            self._fill_blocks(state, index, working, host_rounds.most_masked(index, config))
 
         sequences = state.sequences()
         if streamer is not None:
@@ -499,8 +499,9 @@ class VMDGenerationMixin:
             confidences=canvas.in_rows(state.confidences, 1.0) if config.output_confidences else None,
         )
 
-    def _fill_blocks(self, state: GenerationState, index: int, working: torch.Tensor) -> None:
-        """Fills one block (or the whole sequence) of each row, those of the round `index`, in `working` (batch,)."""
+    def _fill_blocks(self, state: GenerationState, index: int, working: torch.Tensor, most_masked: list[int]) -> None:
+        """Fills one block (or the whole sequence) of each row in `working` (batch,), those of the round `index`.
+        `most_masked`: for each step, how many masks a row has left before it at most."""
         config, canvas = state.config, state.canvas
         block, num_masked, num_steps = (part[:, index] for part in state.rounds)
         columns, window = canvas.columns(block, 1), canvas.window(block)
@@ -525,13 +526,13 @@ class VMDGenerationMixin:
         prior = self._read_prior(state, index, working)
         modulation = None
         wait = config.confidence_threshold is not None or state.stopping_criteria is not None
-        for step, most_masked in enumerate(state.host_rounds.most_masked(index, config), start=1):
+        for step, most in enumerate(most_masked, start=1):
             work.active = working & ~state.stopped & work.masked.any(-1)
             if wait:
-                most_masked = int((work.masked & work.active[:, None]).sum(-1).max())
-                if most_masked == 0:
+                most = int((work.masked & work.active[:, None]).sum(-1).max())
+                if most == 0:
                     break
-            work.look_at_masked(most_masked)
+            work.look_at_masked(most)
             if state.latents is not None and (step == 1 or config.resample_latents):
                 if not state.given_latents:
                     state.latents[:, index] = self._draw_latents(state, work.active, prior, state.latents[:, index])

@@ -316,8 +316,8 @@ class Sampler:
         if self.config.corrector is not None:
             before = state.num_revealed(step - 1)
             sigma = corrector_probability(filled, state.probability, before, after, state.num_fillable, self.config)
-            everywhere = state.active[:, None].expand_as(sigma)
-            remasked = (draw_for(everywhere, torch.rand, (), self.generator) < sigma) & everywhere
+            may_be_remasked = state.fillable & state.active[:, None]
+            remasked = (draw_for(may_be_remasked, torch.rand, (), self.generator) < sigma) & may_be_remasked
             count = count + remasked.sum(-1)
         if self.config.confidence_threshold is not None:
             count = count.maximum((confidence > self.config.confidence_threshold).sum(-1)).clamp(min=1)
