@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .generation_vmd import Generators, check_generators, confidence_of, draw, execution_device, select_positions
+from .generation_vmd import execution_device
 from .latents_vmd import draw_latents, gaussian_kl
 from .modeling_vmd import VMDForMaskedDiffusion
 from .noise_vmd import reveal_rank
@@ -38,6 +38,7 @@ from .objective_vmd import (
     posterior,
     read_clean,
 )
+from .sampling_vmd import Generators, check_generators, confidence_of, draw, select_positions
 from .schedule_vmd import most_revealed, num_revealed, step_schedule
 
 Bound = Literal["per_sample", "per_step"]
@@ -163,9 +164,9 @@ def nelbo(
     _check_settings(bound, num_steps, num_samples, num_orders, batch_size, generator, input_ids)
     model = _base_model(model)
     with _evaluation_mode(model):
-        input_ids, attention_mask, position_ids, labels = (
-            None if part is None else part.to(execution_device(model))
-            for part in (input_ids, attention_mask, position_ids, labels)
+        device = execution_device(model, input_ids)
+        input_ids, labels, attention_mask, position_ids = (
+            None if part is None else part.to(device) for part in (input_ids, labels, attention_mask, position_ids)
         )
         if labels is None:
             labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
@@ -215,7 +216,7 @@ def corpus_bound(
     Args:
         model: As in [`nelbo`].
         batches: Batches (a `DataLoader`, a list) with `input_ids` and, where needed, `labels`, `attention_mask` and
-            `position_ids`; other entries are ignored. They are moved to the model's device.
+            `position_ids`; other entries are ignored. They may be on any device.
         show_progress: Whether to show a bar.
         settings: `bound`, `num_steps` and so on, of [`nelbo`].
 
@@ -225,17 +226,16 @@ def corpus_bound(
     Raises:
         ValueError: as [`nelbo`] does, and if no token is scored.
     """
-    device = _base_model(model).device
     names = ("input_ids", "labels", "attention_mask", "position_ids")
     nats, kl, tokens = [], [], []
     for batch in tqdm(batches, disable=not show_progress):
-        inputs = {name: batch[name].to(device) for name in names if batch.get(name) is not None}
+        inputs = {name: batch[name] for name in names if batch.get(name) is not None}
         output = nelbo(model, **inputs, **settings)
         scored = output.num_tokens > 0
-        nats.append(output.nelbo[scored].double().cpu())
-        tokens.append(output.num_tokens[scored].double().cpu())
+        nats.append(output.nelbo[scored].cpu().double())
+        tokens.append(output.num_tokens[scored].cpu().double())
         if output.kl is not None:
-            kl.append(output.kl[scored].double().cpu())
+            kl.append(output.kl[scored].cpu().double())
     num_tokens = int(sum(part.sum() for part in tokens))
     if num_tokens == 0:
         raise ValueError("batches must hold at least one scored token, got none")

@@ -144,9 +144,9 @@ class VMDPreTrainedModel(PreTrainedModel):
             favourite = torch.arange(heads)[:, None] % (groupings + 1) == torch.arange(groupings)
             init.copy_(module.weight, 4.0 * favourite)  # e^4 times the weight of what is in no common group
         elif isinstance(module, VMDChain):
-            # Emissions differ little between states, so that training starts near the model without a chain. What breaks
-            # the symmetry soon is that states depend much on one another (with 0.5 nothing is learned for hundreds of
-            # updates), and large state vectors.
+            # Emissions differ little between states: training starts near the model without a chain. What breaks the
+            # symmetry soon is that states depend much on one another (with a deviation of 0.5 little is learned for
+            # hundreds of updates), and large state vectors.
             init.normal_(module.kernels, std=2.0)
             init.normal_(module.state_vectors, std=1.0)
             init.normal_(module.token_vectors, std=0.3 * module.token_vectors.shape[1] ** -0.5)

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..data.synthetic import target_distribution
-from ..generation_vmd import REMASKING_RULES
+from ..generation_configuration_vmd import REMASKING_RULES
 from .inputs import GAP, read_puzzle, read_text
 from .panels import error_html, legend_html, sudoku_html, text_html
 from .traces import Settings, ShownModel, Trace, run_model
