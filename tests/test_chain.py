@@ -317,3 +317,85 @@ def test_it_saves_and_loads(tmp_path):
     loaded = VMDForMaskedDiffusion.from_pretrained(tmp_path).eval()
     assert isinstance(loaded.config, VMDConfig) and loaded.config.num_states == 3
     torch.testing.assert_close(nelbo(loaded, input_ids).nelbo, nelbo(model, input_ids).nelbo)
+
+
+@SHAPES
+@CANDIDATES
+@pytest.mark.parametrize("remasking", ["random", "left_to_right", "entropy"])
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_samples_have_the_probabilities_of_the_likelihood(block_size, candidates, remasking, num_steps):
+    """Frequencies of all sequences of three tokens, two of them masked, against their exact probabilities."""
+    model = chain_model(block_size=block_size, candidate_tokens=candidates)
+    number = 20_000
+    canvas = torch.tensor([[3, 5, 5]]).expand(number, -1)
+    settings = {"do_sample": True, "remasking": remasking, "num_steps": num_steps}
+    samples = model.generate(canvas, generator=torch.Generator().manual_seed(0), **settings)
+    rows = torch.tensor([(3, *pair) for pair in itertools.product(range(5), repeat=2)])
+    labels = torch.cat([torch.full_like(rows[:, :1], -100), rows[:, 1:]], dim=1)
+    if remasking == "random":  # the expectation over both orders
+        bounds = [nelbo(model, rows, labels, num_steps=num_steps, generator=torch.Generator().manual_seed(seed)).nelbo
+                  for seed in range(20)]  # fmt: skip
+        orders = torch.stack(bounds)
+        expected = (-torch.stack([orders.amin(0), orders.amax(0)])).exp().mean(0)
+    else:
+        expected = (-nelbo(model, rows, labels, num_steps=num_steps, order=remasking).nelbo).exp()
+    for row, probability in zip(rows, expected.tolist(), strict=True):
+        share = (samples == row).all(-1).float().mean().item()
+        assert share == pytest.approx(probability, abs=4 * (probability / number) ** 0.5 + 1e-3), row
+
+
+@SHAPES
+def test_states_are_returned_and_may_be_given(block_size):
+    model = chain_model(block_size=block_size)
+    canvas = torch.full((4, 6), 5)
+    settings = {"num_steps": 2, "return_dict_in_generate": True}
+    first = model.generate(canvas, do_sample=False, generator=torch.Generator().manual_seed(1), **settings)
+    shape = (4, 6) if block_size is None else (4, 2, 3)
+    assert first.latents.shape == shape and first.latents.dtype == torch.long and first.latents.max() > 0
+    again = model.generate(canvas, do_sample=False, latents=first.latents, **settings)
+    assert again.sequences.equal(first.sequences) and again.latents.equal(first.latents)
+    most_probable = [model.generate(canvas, latent_scale=0.0, **settings) for _ in range(2)]
+    assert most_probable[0].sequences.equal(most_probable[1].sequences)
+    assert most_probable[0].sequences.eq(most_probable[0].sequences[:1]).all()
+    for latents, message in [
+        (first.latents.float(), "latents must be states of the chain, integers from 0 to 2"),
+        (first.latents + 3, "latents must be states of the chain"),
+        (first.latents[:, :1], r"latents must have shape \(batch, "),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.generate(canvas, latents=latents)
+    with pytest.raises(ValueError, match=r"latent_scale must be 1 .* or 0 .* for a chain, got 0.5"):
+        model.generate(canvas, latent_scale=0.5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_new_tokens": 5, "eos_token_id": 4},
+        {"confidence_threshold": 0.5, "remasking": "top_prob"},
+        {"corrector": "confidence", "num_steps": 4},
+        {"guidance_scale": 1.5},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"output_confidences": True, "return_dict_in_generate": True},
+        {"remasking": "top_prob_margin", "temperature": 0.7, "top_k": 3},
+    ],
+)
+@SHAPES
+def test_a_row_does_not_depend_on_the_batch_whatever_the_settings(block_size, settings):
+    model = chain_model(block_size=block_size)
+    rows = [[0, 5, 5, 1, 5, 2, 5], [5, 3, 5, 5]]
+    settings = {"num_steps": 2, "do_sample": True, "generator": None, **settings}
+
+    def fill(rows, seeds):
+        input_ids, attention_mask = padded(rows, "left", fill=0)
+        settings["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+        filled = model.generate(input_ids, attention_mask, **settings)
+        if settings.get("return_dict_in_generate"):
+            filled = filled.sequences
+        return filled
+
+    together, alone = fill(rows, [1, 2]), fill(rows[1:], [2])
+    width = alone.shape[1]
+    assert together[1, -width:].equal(alone[0])  # (its padding moved along)
+    assert not together.eq(5)[:, -4:].any() or "eos_token_id" in settings

@@ -125,8 +125,10 @@ class VMDChain(nn.Module):
 
     def token_log_probs(self, hidden_states: torch.Tensor, logits: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """log p(v | state) of one state (positions,) int64 at each position, (positions, vocabulary)."""
-        weights = nn.functional.one_hot(states, self.num_states).float()
-        return self.marginal_log_probs(hidden_states, logits, weights)
+        tilted, normaliser, candidates = self._tilted(hidden_states, logits, states)
+        if candidates is None:
+            return tilted[:, 0] - normaliser
+        return logits.float().scatter(-1, candidates, tilted[:, 0]) - normaliser
 
     def marginal_log_probs(
         self, hidden_states: torch.Tensor, logits: torch.Tensor, state_probs: torch.Tensor
@@ -140,20 +142,26 @@ class VMDChain(nn.Module):
         return (logits.float() + log_weights.logsumexp(-1, keepdim=True)).scatter(-1, candidates, mixed)
 
     def _tilted(
-        self, hidden_states: torch.Tensor, logits: torch.Tensor
+        self, hidden_states: torch.Tensor, logits: torch.Tensor, states: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Logits of the candidates in each state (positions, K, candidates), the logarithm of the sum over the whole
-        vocabulary (positions, K), and the candidates (positions, candidates), `None` for all tokens."""
+        vocabulary (positions, K), and the candidates (positions, candidates), `None` for all tokens. With `states`
+        (positions,) K is 1, that state."""
         logits = logits.float()
         gate = 1 + self._project(self.tilt_proj, hidden_states)  # (positions, rank)
-        states, tokens = self.centred_states(), self.token_vectors.float()
+        vectors, tokens = self.centred_states(), self.token_vectors.float()
         if logits.shape[-1] <= self.num_candidates:
-            pairs = (states[:, None] * tokens).flatten(0, 1)  # (K * vocabulary, rank)
-            tilted = (gate @ pairs.T).view(len(gate), self.num_states, -1) + logits[:, None]
+            if states is None:
+                pairs = (vectors[:, None] * tokens).flatten(0, 1)  # (K * vocabulary, rank)
+                tilts = (gate @ pairs.T).unflatten(-1, (self.num_states, -1))
+            else:
+                tilts = ((gate * vectors[states]) @ tokens.T)[:, None]
+            tilted = tilts + logits[:, None]
             return tilted, tilted.logsumexp(-1), None
         top = logits.topk(self.num_candidates, dim=-1)
-        vectors = nn.functional.embedding(top.indices, tokens)  # (positions, candidates, rank)
-        tilted = torch.einsum("pr,kr,pcr->pkc", gate, states, vectors) + top.values[:, None]
+        of_state = gate[:, None] * (vectors if states is None else vectors[states][:, None])  # (positions, K, rank)
+        tilts = of_state @ nn.functional.embedding(top.indices, tokens).transpose(1, 2)
+        tilted = tilts + top.values[:, None]
         # All tokens but the candidates: the logarithm of a difference, of which the first part is the larger one.
         whole, among = logits.logsumexp(-1), top.values.logsumexp(-1)
         others = whole + torch.log1p(-(among - whole).exp().clamp(max=1 - 1e-6))

@@ -26,7 +26,8 @@ class VMDGenerationConfig(GenerationConfig):
         resample_latents: Draw a latent for each step (per-step latent) instead of one for all steps (shared latent).
             `True` is the sampler that belongs to `objective="per_step"` (whose models default to it) and to `"vmd"`;
             `False`, the paper's, to `"per_sample"`.
-        latent_scale: Factor on drawn latents: below 1 for more typical samples. 1 samples the model.
+        latent_scale: Factor on drawn latents: below 1 for more typical samples. 1 samples the model. For a chain, 1 or
+            0: its most probable path of states.
         corrector: Mask revealed tokens again at each step, so that they can be corrected (ReMDM, arXiv 2503.00307,
             section 4). With alpha and alpha' the shares of tokens revealed before and after the step, the probability
             is at most sigma_max = min(1, (1 - alpha') / alpha): `"cap"`: min(corrector_strength, sigma_max);
@@ -130,7 +131,9 @@ class VMDGenerationConfig(GenerationConfig):
         return cls(
             eos_token_id=values.get("eos_token_id"),
             pad_token_id=values.get("pad_token_id"),
-            resample_latents=values.get("objective") == "per_step" and values.get("latent_size", 0) > 0,
+            resample_latents=values.get("objective") == "per_step"
+            and values.get("latent_size", 0) > 0
+            and values.get("latent_type") != "chain",  # whose states belong to a step anyway
             _from_model_config=True,
         )
 

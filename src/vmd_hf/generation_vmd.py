@@ -12,6 +12,7 @@ from transformers.generation import EosTokenCriteria, LogitsProcessorList, Stopp
 from transformers.utils import ModelOutput
 
 from .blocks_vmd import EMPTY, CleanContext, Layout, Places, join_places, stack_places
+from .chain_vmd import draw_states, state_marginals
 from .generation_configuration_vmd import VMDGenerationConfig
 from .sampling_vmd import (
     Generators,
@@ -20,6 +21,7 @@ from .sampling_vmd import (
     SamplerState,
     check_generators,
     draw_for,
+    exponential,
     generators_on,
 )
 from .schedule_vmd import most_revealed, num_revealed, step_schedule
@@ -33,7 +35,8 @@ class VMDGenerateOutput(ModelOutput):
         sequences: (batch, length) int64.
         num_forward_passes: (batch,) int64, counted.
         latents: (batch, latent_size) float32 or None; with `resample_latents` those of each row's last step. With
-            blocks (batch, generated blocks, latent_size), 0 for blocks that a row did not generate.
+            blocks (batch, generated blocks, latent_size), 0 for blocks that a row did not generate. Of a chain the
+            states that tokens were drawn from, (batch, length) or (batch, generated blocks, block_size) int64.
         history: With `output_history`, the sequences after every step, a tuple of (batch, length).
         confidences: With `output_confidences`, (batch, length) float32: the probability of each token given what was
             there when it was revealed (before temperature, top-k and top-p); 1 for what was given, 0 for masks that
@@ -431,7 +434,8 @@ class VMDGenerationMixin:
                         known = candidates.history[-1] != model.config.mask_token_id
                         return known[candidates.rows, (candidates.columns - 1).clamp(min=0)].float()
             latents: (batch, latent_size) float, instead of a draw from N(0, I). They are kept for all steps. With
-                blocks (batch, generated blocks, latent_size), for the blocks in which there is something to fill.
+                blocks (batch, generated blocks, latent_size), for the blocks in which there is something to fill. Of
+                a chain, states, int64: (batch, length) or (batch, generated blocks, block_size).
             generator: One for the batch, or a list of one for each row: then what a row gets does not depend on the
                 rest of the batch. One of another device than the model's (a CPU generator for an accelerator) seeds
                 one there.
@@ -475,7 +479,7 @@ class VMDGenerationMixin:
             host_rounds=host_rounds,
             rounds=Rounds(*(part.to(device) for part in host_rounds)),
             reader=ContextReader(self.config, canvas, host_rounds, config) if with_blocks else None,
-            latents=self._round_latents(latents, host_rounds, device),
+            latents=self._round_latents(latents, host_rounds, layout.width, device),
             given_latents=latents is not None,
             num_forward_passes=torch.zeros_like(lengths, device=device),
             stopped=torch.zeros_like(lengths, device=device, dtype=torch.bool),
@@ -543,14 +547,21 @@ class VMDGenerationMixin:
                 if most == 0:
                     break
             work.look_at_masked(most)
-            if state.latents is not None and (step == 1 or config.resample_latents):
+            if self.config.gaussian_size and (step == 1 or config.resample_latents):
                 if not state.given_latents:
                     state.latents[:, index] = self._draw_latents(state, work.active, prior, state.latents[:, index])
                 conditioning = self.model.condition(state.latents[:, index, None])
             hidden_states = self._hidden_states(
                 state, work, window, given, self._conditioning(state, work, step, conditioning)
             )
-            step_done = state.sampler(self._predict(state, work, hidden_states), work, step)
+            logits, marginals = self._predict(state, work, hidden_states), None
+            if self.chain is not None:
+                logits, marginals, states = self._predict_by_chain(state, index, work, hidden_states, logits)
+            step_done = state.sampler(logits, work, step, marginals)
+            if self.chain is not None:
+                before = state.latents[:, index]
+                chosen = torch.where(step_done.revealed, states, before.gather(-1, work.columns))
+                state.latents[:, index] = before.scatter(-1, work.columns, chosen)
             work.reveal(step_done, self.config.mask_token_id)
             canvas.put(columns, work.tokens, work.masked)
             self._after_step(state, work.active)
@@ -613,6 +624,31 @@ class VMDGenerationMixin:
             logits[work.candidates] = scores
         return logits
 
+    def _predict_by_chain(
+        self, state: GenerationState, index: int, work: SamplerState, hidden_states: torch.Tensor, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Logits of tokens given the states that are drawn here, of their marginals, if anything depends on them, each
+        (batch, k, vocabulary) float32, and these states (batch, k) int64."""
+        chain, columns = self.chain, work.columns
+        transitions = chain.transitions(hidden_states)
+        if state.given_latents:
+            states = state.latents[:, index]
+        else:
+            noise = None
+            if state.config.latent_scale:
+                masked = work.masked & work.active[:, None]
+                noise = draw_for(masked, exponential, (chain.num_states,), state.sampler.generator)
+            states = draw_states(transitions, work.masked, noise)
+        states = states.gather(-1, columns)
+        hidden_states = hidden_states.gather(1, columns[..., None].expand(-1, -1, hidden_states.shape[-1]))
+        flat = hidden_states.flatten(0, 1), logits.flatten(0, 1)
+        marginals = None
+        if state.sampler.needs_confidence():
+            of_states = state_marginals(transitions, work.masked)
+            of_states = of_states.gather(1, columns[..., None].expand(-1, -1, chain.num_states))
+            marginals = chain.marginal_log_probs(*flat, of_states.flatten(0, 1)).view_as(logits)
+        return chain.token_log_probs(*flat, states.flatten()).view_as(logits), marginals, states
+
     def _conditioning(
         self, state: GenerationState, work: SamplerState, step: int, conditioning: torch.Tensor | None
     ) -> torch.Tensor | None:
@@ -624,20 +660,24 @@ class VMDGenerationMixin:
             at_most = work.masked.sum(-1)
         return self.model.for_steps(conditioning, at_most[:, None])
 
-    def _round_latents(self, latents, rounds: Rounds, device: torch.device) -> torch.Tensor | None:
-        """(batch, rounds, latent_size): the given ones, or room for those to be drawn."""
+    def _round_latents(self, latents, rounds: Rounds, width: int, device: torch.device) -> torch.Tensor | None:
+        """(batch, rounds, latent_size), or the states of a chain, (batch, rounds, width) int64: the given ones, or
+        room for those to be drawn."""
         if self.config.latent_size == 0:
             return None
-        shape = (*rounds.block.shape, self.config.latent_size)
+        of_chain = self.chain is not None
+        batch, num_rounds = rounds.block.shape
+        shape = (batch, num_rounds, width if of_chain else self.config.latent_size)
         if self.config.block_size is None:
-            shape = (shape[0], 1, shape[2])
+            shape = (batch, 1, shape[2])
         if latents is None:
-            return torch.zeros(shape, device=device)
+            return torch.zeros(shape, device=device, dtype=torch.long if of_chain else torch.float)
         if self.config.block_size is None:
             latents = latents[:, None]
         if latents.shape != shape:
+            names = "block_size" if of_chain else "latent_size"
             raise ValueError(
-                f"latents must have shape (batch, generated blocks, latent_size) = {shape}, got {tuple(latents.shape)}"
+                f"latents must have shape (batch, generated blocks, {names}) = {shape}, got {tuple(latents.shape)}"
             )
         return latents.to(device, copy=True)
 
@@ -718,15 +758,29 @@ class VMDGenerationMixin:
                 f"{tuple(attention_mask.shape)}"
             )
         check_generators(generator, input_ids.shape[0])
+        if self.chain is not None and config.latent_scale not in (0, 1):
+            raise ValueError(
+                "latent_scale must be 1 (states that are drawn) or 0 (the most probable ones) for a chain, got "
+                f"{config.latent_scale}"
+            )
         if latents is None:
             return
-        shape = (input_ids.shape[0], self.config.latent_size)
         if self.config.latent_size == 0:
             raise ValueError("latents must be None for a model with latent_size = 0")
-        if self.config.block_size is None and latents.shape != shape:
-            raise ValueError(f"latents must have shape (batch, latent_size) = {shape}, got {tuple(latents.shape)}")
         if config.resample_latents:
             raise ValueError("latents must be None with resample_latents=True, which draws them at every step")
+        rows, size, name = input_ids.shape[0], self.config.latent_size, "latent_size"
+        if self.chain is not None:
+            size, name = input_ids.shape[1] + (config.max_new_tokens or 0), "length"
+            if latents.is_floating_point() or (
+                latents.numel() and not 0 <= latents.min() <= latents.max() < self.config.latent_size
+            ):
+                raise ValueError(
+                    f"latents must be states of the chain, integers from 0 to {self.config.latent_size - 1}, got "
+                    f"{latents.dtype} from {latents.min()} to {latents.max()}"
+                )
+        if self.config.block_size is None and latents.shape != (rows, size):
+            raise ValueError(f"latents must have shape (batch, {name}) = {(rows, size)}, got {tuple(latents.shape)}")
 
 
 __all__ = ["VMDGenerateOutput", "VMDGenerationConfig", "VMDGenerationMixin"]

@@ -247,8 +247,8 @@ class Sampler:
     """One step, `logits, state, step -> tokens, revealed, confidence`: draws tokens, asks the remasking rule for their
     confidence, and selects as many of the most confident ones as the schedule (or the threshold) says.
 
-    Tokens are drawn independently of one another. Another predictive distribution overrides `draw_tokens` and gives
-    the logits of its marginals, which confidence is about.
+    Tokens are drawn independently of one another from the logits that are given. These may be conditioned on a latent
+    that was drawn (the states of a chain); then confidence is about `marginals`, in which it is summed out.
 
     Args:
         config: Settings of `generate`.
@@ -263,13 +263,22 @@ class Sampler:
         self.rule = rule
         self.generator = generator
 
-    def __call__(self, logits: torch.Tensor, state: SamplerState, step: int) -> SamplerStep:
+    def needs_confidence(self) -> bool:
+        """Whether anything depends on probabilities of tokens beside the draw."""
+        asked = self.config.output_confidences or self.config.corrector == "confidence"
+        return asked or self.rule is not None or self.config.remasking not in ("random", "left_to_right")
+
+    def __call__(
+        self, logits: torch.Tensor, state: SamplerState, step: int, marginals: torch.Tensor | None = None
+    ) -> SamplerStep:
         """
         Args:
             logits: (batch, k, vocabulary) float32 at `state.columns`.
             step: From 1.
+            marginals: The same of p(x^i | x_t), if it is another distribution.
         """
         tokens = self.draw_tokens(logits, state)
+        logits = logits if marginals is None else marginals
         confidence = self.confidence(logits, tokens, state)
         probability = None
         if self.config.corrector == "confidence" or self.config.output_confidences:
