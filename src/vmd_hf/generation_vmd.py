@@ -772,12 +772,11 @@ class VMDGenerationMixin:
         rows, size, name = input_ids.shape[0], self.config.latent_size, "latent_size"
         if self.chain is not None:
             size, name = input_ids.shape[1] + (config.max_new_tokens or 0), "length"
-            if latents.is_floating_point() or (
-                latents.numel() and not 0 <= latents.min() <= latents.max() < self.config.latent_size
-            ):
+            states = torch.arange(self.config.latent_size, device=latents.device)
+            if latents.is_floating_point() or not torch.isin(latents, states).all():
                 raise ValueError(
-                    f"latents must be states of the chain, integers from 0 to {self.config.latent_size - 1}, got "
-                    f"{latents.dtype} from {latents.min()} to {latents.max()}"
+                    f"latents must be states of the chain, integers from 0 to {self.config.latent_size - 1}, got others "
+                    f"({latents.dtype})"
                 )
         if self.config.block_size is None and latents.shape != (rows, size):
             raise ValueError(f"latents must have shape (batch, {name}) = {(rows, size)}, got {tuple(latents.shape)}")
