@@ -115,12 +115,13 @@ def test_neither_batch_nor_order_nor_company_matters(settings):
     expected = [alone.loglikelihood(requests("loglikelihood", [pair]), True)[0] for pair in PAIRS]
     order = torch.randperm(len(PAIRS), generator=torch.Generator().manual_seed(1)).tolist()
     answers = together.loglikelihood(requests("loglikelihood", [PAIRS[i] for i in order]), True)
+    # 400 nats, summed in float32 in another order.
     assert [greedy for _, greedy in answers] == [expected[i][1] for i in order]
-    assert [score for score, _ in answers] == pytest.approx([expected[i][0] for i in order], rel=1e-6, abs=1e-4)
+    assert [score for score, _ in answers] == pytest.approx([expected[i][0] for i in order], rel=1e-5, abs=1e-4)
     texts = [(text(length, length),) for length in (0, 5, 16, 40)]
     rolling = requests("loglikelihood_rolling", texts)
     assert together.loglikelihood_rolling(rolling[::-1], True)[::-1] == pytest.approx(
-        [alone.loglikelihood_rolling([request], True)[0] for request in rolling], rel=1e-6, abs=1e-4
+        [alone.loglikelihood_rolling([request], True)[0] for request in rolling], rel=1e-5, abs=1e-4
     )
     generation = [
         (text(length, length), {"until": [], "max_gen_toks": count, "do_sample": sample})
