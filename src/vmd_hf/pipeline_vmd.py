@@ -3,7 +3,8 @@
 import torch
 from transformers import AutoModelForMaskedLM, Pipeline
 
-from .generation_vmd import VMDGenerationConfig, prepare_canvas
+from .generation_configuration_vmd import VMDGenerationConfig
+from .generation_vmd import prepare_canvas
 
 TASK = "masked-diffusion"
 _OUTPUT_SETTINGS = {"return_dict_in_generate", "output_history", "output_confidences"}
@@ -69,7 +70,8 @@ class MaskedDiffusionPipeline(Pipeline):
             **generate_kwargs,
         )
         max_new_tokens = generate_kwargs.get("max_new_tokens", self.model.generation_config.max_new_tokens)
-        canvas, real = prepare_canvas(input_ids, attention_mask, max_new_tokens, self.model.config.mask_token_id)
+        inputs = (value.to(output.sequences.device) for value in (input_ids, attention_mask))
+        canvas, real = prepare_canvas(*inputs, max_new_tokens, self.model.config.mask_token_id)
         results = {
             "sequences": output.sequences,
             "confidences": output.confidences,
