@@ -775,8 +775,8 @@ class VMDGenerationMixin:
             states = torch.arange(self.config.latent_size, device=latents.device)
             if latents.is_floating_point() or not torch.isin(latents, states).all():
                 raise ValueError(
-                    f"latents must be states of the chain, integers from 0 to {self.config.latent_size - 1}, got others"
-                    f" ({latents.dtype})"
+                    f"latents must be states of the chain, integers from 0 to {self.config.latent_size - 1}, got "
+                    f"others ({latents.dtype})"
                 )
         if self.config.block_size is None and latents.shape != (rows, size):
             raise ValueError(f"latents must have shape (batch, {name}) = {(rows, size)}, got {tuple(latents.shape)}")
