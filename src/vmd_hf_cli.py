@@ -26,8 +26,6 @@ SCRIPTS = next(
 )
 MODEL_CARDS = PACKAGE.parents[1] / "model_cards"  # of a checkout
 RECIPES = sorted(path.stem for path in (SCRIPTS / "recipes").glob("*.yaml"))
-# Scripts that read their arguments before they import what computes.
-PARSE_FIRST = ("generate_vmd", "make_card", "push_to_hub", "solve_sudoku")
 
 app = typer.Typer(
     name="vmd-hf",
@@ -92,8 +90,7 @@ def run_script(command: Callable, name: str, argv: list[str]) -> None:
     sys.argv[0] = f"vmd-hf {command.__name__}"  # what the argument parser calls itself
     if _HELP & set(argv):
         typer.echo(f"{command.__doc__}\n")
-        if name in PARSE_FIRST:
-            without_torch()
+        without_torch()  # scripts read their arguments before they import what computes
     try:
         with one_line_errors("scripts"):
             code = importlib.import_module(name).main(argv)

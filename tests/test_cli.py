@@ -55,10 +55,12 @@ def test_help_lists_the_options_and_imports_no_torch():
             "": "solve",
             "card": "folder",
             "demo": "--setting",
+            "evaluate": "--model --task --num_steps --device",
             "generate": "--model --prompt --device --watch --num_steps --top_p --guidance_scale",
             "lm-eval": "run",
             "push": "--repo_id --private",
             "solve": "--puzzle --model --device --num_attempts",
+            "train": "--latent_size --task --learning_rate",
         }.items():
             result = CliRunner().invoke(vmd_hf_cli.app, [*arguments.split(), "--help"])
             assert result.exit_code == 0, result.output
