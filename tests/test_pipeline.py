@@ -79,6 +79,8 @@ def test_wrong_settings_are_errors(settings, message):
         make()("1[MASK]", **settings)
     with pytest.raises(ValueError, match=r"texts must be strings, got 3"):
         make()([3])
+    with pytest.raises(ValueError, match="characters of the vocabulary, '0123456789', got 'x'"):
+        make()("1x[MASK]")
 
 
 def test_an_exported_model_brings_its_pipeline(tmp_path):

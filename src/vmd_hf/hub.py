@@ -3,7 +3,6 @@
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +21,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, P
 
 from .configuration_vmd import VMDConfig
 from .modeling_vmd import VMDForMaskedDiffusion
+from .pipeline_vmd import tokenize
 from .saving_vmd import saved_with_code
 
 CARD_FILES = ("README.md", "results.json")
@@ -119,18 +119,9 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """(1, tokens) int64, without special tokens but for those that the text spells out.
 
     Raises:
-        ValueError: for a character that a tokenizer of characters does not know.
+        ValueError: as in [`~vmd_hf.pipeline_vmd.tokenize`].
     """
-    try:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    except Exception as error:  # of tokenizers, which raises nothing more special and says "Missing [UNK] token"
-        known = "".join(token for token in tokenizer.get_vocab() if len(token) == 1)
-        plain = re.sub("|".join(map(re.escape, tokenizer.all_special_tokens)), "", text)
-        if unknown := "".join(dict.fromkeys(character for character in plain if character not in known)):
-            raise ValueError(
-                f"text must consist of characters of the vocabulary, {''.join(sorted(known))!r}, got {unknown!r}"
-            ) from error
-        raise
+    ids = tokenize(text, tokenizer, add_special_tokens=False)["input_ids"]
     return torch.tensor([ids], dtype=torch.long)
 
 

@@ -1,7 +1,10 @@
 """`pipeline("masked-diffusion")`: strings with mask tokens, or prompts, in; text with confidences out."""
 
+import re
+from typing import Any
+
 import torch
-from transformers import AutoModelForMaskedLM, Pipeline
+from transformers import AutoModelForMaskedLM, BatchEncoding, Pipeline, PreTrainedTokenizerBase
 
 from .generation_configuration_vmd import VMDGenerationConfig
 from .generation_vmd import prepare_canvas
@@ -52,7 +55,7 @@ class MaskedDiffusionPipeline(Pipeline):
     def preprocess(self, text):
         if not isinstance(text, str):
             raise ValueError(f"texts must be strings, got {text!r}")
-        inputs = self.tokenizer(text, return_tensors="pt")
+        inputs = tokenize(text, self.tokenizer, return_tensors="pt")
         return {name: inputs[name].long() for name in ("input_ids", "attention_mask")}  # of an empty text, floats
 
     def _forward(self, inputs, seed=None, return_history=False, **generate_kwargs):
@@ -101,6 +104,24 @@ class MaskedDiffusionPipeline(Pipeline):
             states = torch.unique_consecutive(row["history"], dim=0)  # a row waits for those that need more steps
             result["history"] = self.tokenizer.batch_decode([state[keep] for state in states])
         return result
+
+
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> BatchEncoding:
+    """What `tokenizer(text, **settings)` gives.
+
+    Raises:
+        ValueError: for a character that a tokenizer of characters does not know.
+    """
+    try:
+        return tokenizer(text, **settings)
+    except Exception as error:  # of tokenizers, which raises nothing more special and says "Missing [UNK] token"
+        known = "".join(token for token in tokenizer.get_vocab() if len(token) == 1)
+        plain = re.sub("|".join(map(re.escape, tokenizer.all_special_tokens)), "", text)
+        if unknown := "".join(dict.fromkeys(character for character in plain if character not in known)):
+            raise ValueError(
+                f"text must consist of characters of the vocabulary, {''.join(sorted(known))!r}, got {unknown!r}"
+            ) from error
+        raise
 
 
 # As registering does, so that a pipeline that was loaded with its code is saved with it, too.
