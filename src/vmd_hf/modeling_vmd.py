@@ -44,6 +44,11 @@ from .objective_vmd import draw_latents, gaussian_kl, row_cross_entropy, standar
 # What forward takes beside its own arguments.
 _KEYWORDS = {*TransformersKwargs.__annotations__, "return_dict", "use_cache"}
 
+OWN_LOSS = (
+    "the model computes its own loss when forward gets labels, and a trainer with a loss of its own, such as TRL's "
+    "SFTTrainer, would train next-token prediction; use the plain Trainer, or vmd_hf.training.trl.VMDSFTTrainer"
+)
+
 VISIBLE, REVEALED_NOW, STILL_MASKED = 0, 1, 2  # what the latent encoder is told of each token
 
 
@@ -403,6 +408,7 @@ class VMDModel(VMDPreTrainedModel):
     with `block_size`, bidirectional within a block and causal over blocks."""
 
     _keys_to_ignore_on_load_unexpected = (r"latent_encoder\.", r"lm_head\.", r"kl_warmup_progress")
+    has_head = False  # whether it is part of a VMDForMaskedDiffusion
 
     def __init__(self, config: VMDConfig):
         if config.backbone_config is not None:
@@ -477,6 +483,7 @@ class VMDModel(VMDPreTrainedModel):
         context: CleanContext | None = None,
         clean: bool = False,
         modulation: torch.Tensor | None = None,
+        for_head: bool = False,
         **kwargs,
     ) -> BaseModelOutput:
         """
@@ -492,14 +499,18 @@ class VMDModel(VMDPreTrainedModel):
             clean: With blocks and `layout`, `input_ids` are clean tokens to be read: block-causal, under the null
                 latent. The output has their keys and values.
             modulation: With `layout`, what `modulation_of` made of the latents, in their place.
+            for_head: Whether [`VMDForMaskedDiffusion`] asks, whose part this model may be.
 
         Returns:
             `last_hidden_state` (batch, length, hidden_size), after the final norm. With blocks, `attentions` are those
             on the grid, of queries and keys [clean, noisy].
 
         Raises:
-            ValueError: for a wrong shape, or more tokens than a position table has.
+            ValueError: for a wrong shape, or more tokens than a position table has; and where somebody else than its
+                `VMDForMaskedDiffusion` trains it on clean tokens, as a next-token loss would.
         """
+        if self.has_head and self.training and torch.is_grad_enabled() and not for_head and layout is None:
+            check_masks(input_ids, self.config)
         if layout is not None:
             return self.run(input_ids, layout, latents, context, clean, modulation, return_dict=True, **kwargs)
         check_keywords(kwargs)
@@ -793,6 +804,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         else:
             self._tied_weights_keys = None  # the backbone's own are
+        self.model.has_head = True
         self.latent_encoder = VMDLatentEncoder(config) if config.latent_size else None
         # Training-mode forward passes so far: saved with the weights, so that a resumed run goes on warming up.
         self.register_buffer("kl_warmup_progress", torch.zeros((), dtype=torch.long))
@@ -867,6 +879,10 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         else:
             self.lm_head = new_embeddings
 
+    def loss_function(self, *args, **kwargs):
+        """Where transformers has a loss for others to call, next-token prediction by default."""
+        raise ValueError(f"loss_function must not be called: {OWN_LOSS}")
+
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., hidden_size) to (..., vocab_size), -inf at the tokens that may never appear."""
         logits = self.model.head(hidden_states) if self.lm_head is None else self.lm_head(hidden_states)
@@ -920,7 +936,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
                     "labels must reach the model, whose loss is computed in forward; the Trainer keeps them with "
                     "label_smoothing_factor > 0 or compute_loss_func, and neither can be used"
                 )
-            outputs = self.model(input_ids, attention_mask, position_ids, latents, **kwargs)
+            outputs = self.model(input_ids, attention_mask, position_ids, latents, for_head=True, **kwargs)
             return VMDMaskedDiffusionOutput(
                 logits=self.compute_logits(outputs.last_hidden_state),
                 hidden_states=outputs.hidden_states,
@@ -1186,6 +1202,13 @@ def check_latents(latents, config, layout, batch_size):
         names, shape = "(batch, blocks, latent_size)", (batch_size, layout.num_blocks, config.latent_size)
     if latents.shape != shape:
         raise ValueError(f"latents must have shape {names} = {shape}, got {tuple(latents.shape)}")
+
+
+@torch.compiler.disable
+def check_masks(input_ids, config):
+    """There is something to denoise. (It waits for the device, but not where a model is trained as it should be.)"""
+    if config.mask_token_id is not None and not (input_ids == config.mask_token_id).any():
+        raise ValueError(f"input_ids must hold mask tokens when model.model alone is trained, got none: {OWN_LOSS}")
 
 
 @torch.compiler.disable
