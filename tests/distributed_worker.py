@@ -7,6 +7,7 @@ what they returned.
 """
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion
 from vmd_hf.data.synthetic import synthetic_tokenizer
-from vmd_hf.training import EMACallback, SeededNoiseCallback, VMDMetricsCallback
+from vmd_hf.training import EMACallback, FiniteGradientsCallback, SeededNoiseCallback, VMDMetricsCallback, metrics
 
 TOKENIZER = synthetic_tokenizer()
 
@@ -67,11 +68,13 @@ def train(
     ema: bool = True,
     resume: str | None = None,
     sharded: bool = False,
+    spoiled_rank: int | None = None,
     **arguments,
 ) -> dict:
     """A training with `batch_size` rows a step over all processes; the model is saved in `folder`.
 
-    Returns how the model was wrapped, the log, and what the model generates and predicts for five rows afterwards.
+    Returns how the model was wrapped, the log, the warnings, and what the model generates and predicts for five rows
+    afterwards; with a `spoiled_rank`, whose loss is NaN in the second step, the error.
     """
     settings = {
         "max_steps": 6,
@@ -92,7 +95,10 @@ def train(
     args.per_device_train_batch_size = batch_size // (args.world_size * args.gradient_accumulation_steps)
     args.per_device_eval_batch_size = eval_batch_size // args.world_size
     shard_on_cpu()
-    callbacks = [VMDMetricsCallback(), SeededNoiseCallback()]
+    metrics.FIRST_WINDOW = 2  # so that six steps are enough for a warning
+    warnings = Messages()
+    metrics.logger.addHandler(warnings)
+    callbacks = [VMDMetricsCallback(), SeededNoiseCallback(), FiniteGradientsCallback()]
     if ema:
         callbacks.append(EMACallback(0.5, checkpoint=resume))
     trainer = Trainer(
@@ -105,8 +111,15 @@ def train(
         callbacks=callbacks,
     )
     torch.rand(1 + args.process_index)  # whatever was drawn before, the noise is the same
-    trainer.train(resume_from_checkpoint=resume)
+    if spoiled_rank == args.process_index:
+        trainer.model.register_forward_hook(spoil)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except FloatingPointError as error:
+        return {"error": str(error)}
     result = {"wrapper": type(trainer.model_wrapped).__name__, "log": trainer.state.log_history}
+    metrics.logger.removeHandler(warnings)
+    result["warnings"] = warnings.messages
 
     ids = torch.full((5, 6), TOKENIZER.mask_token_id)
     ids[:, 0] = torch.arange(5)
@@ -119,6 +132,21 @@ def train(
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     return result
+
+
+class Messages(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+def spoil(module, inputs, output):
+    module.calls = getattr(module, "calls", 0) + 1
+    if module.calls == 2:
+        output.loss = output.loss * torch.nan
 
 
 def shard_on_cpu() -> None:

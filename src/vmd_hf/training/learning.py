@@ -66,7 +66,7 @@ def advice_on_latent(config, steps: range, kl_per_latent: float, num_active_unit
     elif config.prior == "standard":
         advice.append('prior="learned"')
     return (
-        f"the latent has collapsed to its prior: over steps {steps.start} to {steps.stop} kl_per_latent is "
-        f"{kl_per_latent:.2g} nats and 0 of {config.latent_size} dimensions are active, so the model is a masked "
-        f"diffusion model without a latent. Try: {', or '.join(advice)}; or latent_size=0, which is the same for less"
+        f"the latent encodes nothing (posterior collapse): over steps {steps.start} to {steps.stop} 0 of "
+        f"{config.latent_size} dimensions are active, and kl_per_latent is {kl_per_latent:.2g} nats. Try: "
+        f"{', or '.join(advice)}; or latent_size=0, the same model for less"
     )

@@ -12,8 +12,8 @@ class VMDSFTTrainer(SFTTrainer):
     """`SFTTrainer` that prepares data as always, and trains the objective of the model's config.
 
     Tokenisation, chat templates, truncation and PEFT are TRL's. Prompts, and whatever else TRL leaves out of the loss,
-    are context, which is never masked. The loss is that of the plain `Trainer`; TRL's own is next-token prediction, and
-    so are its `entropy` and `mean_token_accuracy`, which are not logged. Arguments are those of `SFTTrainer`.
+    are context, which is never masked. The loss is that of the plain `Trainer`; TRL's own is next-token prediction, of
+    which its `entropy` and `mean_token_accuracy` are, too: they are not logged. Arguments are those of `SFTTrainer`.
 
         trainer = VMDSFTTrainer(model, SFTConfig("out"), train_dataset=dataset, processing_class=tokenizer)
 
