@@ -10,9 +10,7 @@ class SeededNoiseCallback(TrainerCallback):
     row's place in the step's batch, with times that are stratified over the step.
 
     So the training does not depend on how a step's batch is split into processes and accumulated batches, nor on what
-    a resumed run drew before. Without it each process draws from its default generator, which the Trainer seeds alike
-    in all of them: their rows get the same noise. (Dropout still comes from those generators, and `kl_warmup_steps`
-    counts forward passes, so that accumulation makes it shorter.)
+    a resumed run drew before. (Dropout does: it comes from each process's default generator.)
     """
 
     def __init__(self):
