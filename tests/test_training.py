@@ -383,7 +383,6 @@ def test_the_hook_goes_with_its_callback_and_a_copy_of_the_model_shows_nothing(t
         held_out_output(other)
     assert trainer.evaluate()["eval_kl"] == pytest.approx(held_out_output(model).kl.item(), rel=1e-5)
     (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, VMDMetricsCallback)]
-    trainer.model_init = lambda: model
     assert len(model._forward_hooks) == 1
     other = small_model()
     callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=other)  # a search of hyperparameters
