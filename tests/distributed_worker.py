@@ -2,8 +2,8 @@
 
     accelerate launch --config_file CONFIG tests/distributed_worker.py JOBS.json RESULTS.json
 
-runs the jobs of a list, each the keyword arguments of `train`, or `{"argv": [...]}` for `train_vmd.py`, and writes
-what they returned.
+runs the jobs of a list, each the keyword arguments of `train`, or `{"argv": [...]}` for `train_vmd.py`, or
+`{"losses_of_processes": FOLDER}`, and writes what they returned.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import DistributedType, PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, default_data_collator
 
@@ -167,9 +168,26 @@ def run_script(argv: list[str]) -> dict:
     return {"wrapper": type(trainer.model_wrapped).__name__, "log": trainer.state.log_history}
 
 
+def losses_of_processes(folder: str) -> list[list[float]]:
+    """Of three steps of the plain Trainer without callbacks, on rows that are all the same, and weights that stay."""
+    args = TrainingArguments(folder, max_steps=3, learning_rate=0.0, use_cpu=True, report_to="none", disable_tqdm=True)
+    data = Dataset.from_dict({"input_ids": [[1, 2, 3, 4, 5, 6]] * 60})
+    collator, losses = DataCollatorForLanguageModeling(TOKENIZER, mlm=False), []
+    trainer = Trainer(model=build(kl_warmup_steps=0), args=args, train_dataset=data, data_collator=collator)
+    trainer.model.register_forward_hook(lambda module, inputs, output: losses.append(output.loss.item()))
+    trainer.train()
+    return gather_object([losses])
+
+
+def run(job: dict) -> dict | list:
+    if "argv" in job:
+        return run_script(**job)
+    return losses_of_processes(*job.values()) if "losses_of_processes" in job else train(**job)
+
+
 def main(jobs: str, results: str) -> None:
     torch.set_num_threads(1)
-    returned = [run_script(**job) if "argv" in job else train(**job) for job in json.loads(Path(jobs).read_text())]
+    returned = [run(job) for job in json.loads(Path(jobs).read_text())]
     state = PartialState()
     if state.is_main_process:
         Path(results).write_text(json.dumps(returned))

@@ -98,8 +98,12 @@ def test_data_parallel_trains_evaluates_and_resumes_as_one_process(tmp_path):
         {"folder": two / "blocks", "model": BLOCKS, "ema": False},
         {"folder": two / "resumed", "resume": one / "whole" / "checkpoint-3", **NOT_SAVED},
         {"folder": two / "uneven", "ema": False, **UNEVEN},
+        {"losses_of_processes": two / "plain"},
     ]
-    results = launch_jobs("cpu_2.yaml", jobs, tmp_path)
+    *results, plain = launch_jobs("cpu_2.yaml", jobs, tmp_path)
+    # Each process draws noise of its own, without a callback that gives it seeds.
+    assert len(plain) == 2 and len(plain[0]) == len(plain[1]) == 3
+    assert len({*plain[0], *plain[1]}) == 6
     assert any("frequencies of tokens" in warning for warning in whole["warnings"])
     assert_same_warnings(results[0]["warnings"], whole["warnings"])
     assert {result["wrapper"] for result in results} == {"DistributedDataParallel"}
