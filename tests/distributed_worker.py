@@ -2,23 +2,25 @@
 
     accelerate launch --config_file CONFIG tests/distributed_worker.py JOBS.json RESULTS.json
 
-runs the jobs of a list, each the keyword arguments of `train`, or `{"argv": [...]}` for `train_vmd.py`, and writes
-what they returned.
+runs the jobs of a list, each the keyword arguments of `train`, or `{"argv": [...]}` for `train_vmd.py`, or
+`{"losses_of_processes": FOLDER}`, and writes what they returned.
 """
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
 
 import torch
 from accelerate import DistributedType, PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, default_data_collator
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion
 from vmd_hf.data.synthetic import synthetic_tokenizer
-from vmd_hf.training import EMACallback, SeededNoiseCallback, VMDMetricsCallback
+from vmd_hf.training import EMACallback, FiniteGradientsCallback, SeededNoiseCallback, VMDMetricsCallback, metrics
 
 TOKENIZER = synthetic_tokenizer()
 
@@ -67,11 +69,13 @@ def train(
     ema: bool = True,
     resume: str | None = None,
     sharded: bool = False,
+    spoiled_rank: int | None = None,
     **arguments,
 ) -> dict:
     """A training with `batch_size` rows a step over all processes; the model is saved in `folder`.
 
-    Returns how the model was wrapped, the log, and what the model generates and predicts for five rows afterwards.
+    Returns how the model was wrapped, the log, the warnings, and what the model generates and predicts for five rows
+    afterwards; with a `spoiled_rank`, whose loss is NaN in the second step, the error.
     """
     settings = {
         "max_steps": 6,
@@ -92,7 +96,10 @@ def train(
     args.per_device_train_batch_size = batch_size // (args.world_size * args.gradient_accumulation_steps)
     args.per_device_eval_batch_size = eval_batch_size // args.world_size
     shard_on_cpu()
-    callbacks = [VMDMetricsCallback(), SeededNoiseCallback()]
+    metrics.FIRST_WINDOW = 2  # so that six steps are enough for a warning
+    warnings = Messages()
+    metrics.logger.addHandler(warnings)
+    callbacks = [VMDMetricsCallback(), SeededNoiseCallback(), FiniteGradientsCallback()]
     if ema:
         callbacks.append(EMACallback(0.5, checkpoint=resume))
     trainer = Trainer(
@@ -105,8 +112,15 @@ def train(
         callbacks=callbacks,
     )
     torch.rand(1 + args.process_index)  # whatever was drawn before, the noise is the same
-    trainer.train(resume_from_checkpoint=resume)
+    if spoiled_rank == args.process_index:
+        trainer.model.register_forward_hook(spoil)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except FloatingPointError as error:
+        return {"error": str(error)}
     result = {"wrapper": type(trainer.model_wrapped).__name__, "log": trainer.state.log_history}
+    metrics.logger.removeHandler(warnings)
+    result["warnings"] = warnings.messages
 
     ids = torch.full((5, 6), TOKENIZER.mask_token_id)
     ids[:, 0] = torch.arange(5)
@@ -119,6 +133,21 @@ def train(
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     return result
+
+
+class Messages(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+def spoil(module, inputs, output):
+    module.calls = getattr(module, "calls", 0) + 1
+    if module.calls == 2:
+        output.loss = output.loss * torch.nan
 
 
 def shard_on_cpu() -> None:
@@ -139,9 +168,26 @@ def run_script(argv: list[str]) -> dict:
     return {"wrapper": type(trainer.model_wrapped).__name__, "log": trainer.state.log_history}
 
 
+def losses_of_processes(folder: str) -> list[list[float]]:
+    """Of three steps of the plain Trainer without callbacks, on rows that are all the same, and weights that stay."""
+    args = TrainingArguments(folder, max_steps=3, learning_rate=0.0, use_cpu=True, report_to="none", disable_tqdm=True)
+    data = Dataset.from_dict({"input_ids": [[1, 2, 3, 4, 5, 6]] * 60})
+    collator, losses = DataCollatorForLanguageModeling(TOKENIZER, mlm=False), []
+    trainer = Trainer(model=build(kl_warmup_steps=0), args=args, train_dataset=data, data_collator=collator)
+    trainer.model.register_forward_hook(lambda module, inputs, output: losses.append(output.loss.item()))
+    trainer.train()
+    return gather_object([losses])
+
+
+def run(job: dict) -> dict | list:
+    if "argv" in job:
+        return run_script(**job)
+    return losses_of_processes(*job.values()) if "losses_of_processes" in job else train(**job)
+
+
 def main(jobs: str, results: str) -> None:
     torch.set_num_threads(1)
-    returned = [run_script(**job) if "argv" in job else train(**job) for job in json.loads(Path(jobs).read_text())]
+    returned = [run(job) for job in json.loads(Path(jobs).read_text())]
     state = PartialState()
     if state.is_main_process:
         Path(results).write_text(json.dumps(returned))

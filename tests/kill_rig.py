@@ -8,6 +8,7 @@ kills hit a process that is saving. The trainings are FOLDER/undisturbed and FOL
 that is not whole).
 """
 
+import gc
 import json
 import os
 import random
@@ -53,6 +54,7 @@ def newest_checkpoint(folder: Path) -> str | None:
 
 def main(folder: str, number: str, seed: str) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is not searched for garbage by every training anew
     undisturbed, killed = Path(folder, "undisturbed"), Path(folder, "killed")
     begin = time.perf_counter()
     assert os.waitpid(start(undisturbed), 0)[1] == 0

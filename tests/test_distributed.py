@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,14 @@ def assert_same_weights(actual: Path, expected: Path, *names: str) -> None:
             torch.testing.assert_close(first[key], value, rtol=0, atol=1e-4)
 
 
+def assert_same_warnings(actual: list[str], expected: list[str]) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        numbers = re.compile(r"\d[\d.e-]*\d|\d")
+        assert numbers.sub("", one) == numbers.sub("", other)
+        pairs = zip(numbers.findall(one), numbers.findall(other), strict=True)
+        assert all(float(a) == pytest.approx(float(b), rel=1e-3) for a, b in pairs), (one, other)
+
+
 def assert_same_training(actual: dict, expected: dict, folders: tuple[Path, Path], names=LOSSES + OF_LATENTS) -> None:
     assert_same_log(actual["log"], expected["log"], names)
     assert actual["generated"] == expected["generated"]
@@ -89,8 +98,14 @@ def test_data_parallel_trains_evaluates_and_resumes_as_one_process(tmp_path):
         {"folder": two / "blocks", "model": BLOCKS, "ema": False},
         {"folder": two / "resumed", "resume": one / "whole" / "checkpoint-3", **NOT_SAVED},
         {"folder": two / "uneven", "ema": False, **UNEVEN},
+        {"losses_of_processes": two / "plain"},
     ]
-    results = launch_jobs("cpu_2.yaml", jobs, tmp_path)
+    *results, plain = launch_jobs("cpu_2.yaml", jobs, tmp_path)
+    # Each process draws noise of its own, without a callback that gives it seeds.
+    assert len(plain) == 2 and len(plain[0]) == len(plain[1]) == 3
+    assert len({*plain[0], *plain[1]}) == 6
+    assert any("frequencies of tokens" in warning for warning in whole["warnings"])
+    assert_same_warnings(results[0]["warnings"], whole["warnings"])
     assert {result["wrapper"] for result in results} == {"DistributedDataParallel"}
     assert_same_training(results[0], whole, (two / "whole", one / "whole"))
     assert_same_weights(two / "whole", one / "whole", *CHECKPOINT_FILES)
@@ -126,9 +141,12 @@ def test_fsdp_trains_evaluates_and_resumes_as_one_process(tmp_path):
         {"folder": two / "sharded-resumed", "resume": two / "sharded" / "checkpoint-3", "sharded": True, **NOT_SAVED},
         {"folder": two / "half", "model": BLOCKS, "ema": False, "bf16": True},
         {"argv": list(map(str, script))},
+        {"folder": two / "spoiled", "ema": False, "spoiled_rank": 1, **NOT_SAVED},
     ]
     results = launch_jobs("fsdp2.yaml", jobs, tmp_path)
+    assert "step 2" in results.pop()["error"]  # seen by the other process, too, which does not wait for ever
     assert {result["wrapper"] for result in results} == {"FSDPVMDForMaskedDiffusion"}
+    assert_same_warnings(results[0]["warnings"], whole["warnings"])
     for index, name in ((0, "whole"), (2, "resumed"), (3, "sharded"), (4, "sharded-resumed")):
         assert_same_training(results[index], whole, (two / name, one / "whole"))
     assert_same_training(results[1], blocks, (two / "blocks", one / "blocks"), LOSSES)

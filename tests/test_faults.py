@@ -64,17 +64,25 @@ def test_a_training_goes_on_only_where_it_is_told_to(tmp_path):
     assert last_whole_checkpoint(tmp_path).endswith("checkpoint-4")
 
 
-def test_a_gradient_that_is_not_finite_stops_the_training_before_its_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("factor", "clipping", "save_steps", "found_in"),
+    [(torch.nan, 1.0, 1, 3), (torch.inf, 1.0, 2, 4), (torch.nan, 0.0, 2, 4)],  # with the next log
+)
+def test_a_gradient_that_is_not_finite_stops_the_training_before_it_saves(
+    tmp_path, monkeypatch, factor, clipping, save_steps, found_in
+):
     steps = []
 
     def spoil(module, inputs, output):
         steps.append(1)
         if module.training and len(steps) == 3:
-            output.loss = output.loss * torch.nan
+            output.loss = output.loss * factor
 
     monkeypatch.setattr(train_vmd, "build_model", with_hook(train_vmd.build_model, spoil))
-    with pytest.raises(FloatingPointError, match="gradient of step 3 is not finite"):
-        train_vmd.main([*TRAIN, f"--output_dir={tmp_path}"])
+    arguments = [f"--save_steps={save_steps}", f"--max_grad_norm={clipping}", "--logging_steps=1000"]
+    with pytest.raises(FloatingPointError, match=f"not finite.*step {found_in}"):
+        train_vmd.main([*TRAIN, *arguments, f"--output_dir={tmp_path}"])
+    assert len(steps) == found_in
     assert last_whole_checkpoint(tmp_path).endswith("checkpoint-2")
     weights = load_file(tmp_path / "checkpoint-2" / "training_weights.safetensors")
     assert all(value.isfinite().all() for value in weights.values())

@@ -5,11 +5,12 @@ import pytest
 import torch
 from helpers import digits, normal, tiny_config, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_training import COLLATOR, HELD_OUT, held_out_output, rows_with_noise, small_model, train
+from test_training import COLLATOR, HELD_OUT, held_out_output, logged, rows_with_noise, small_model, train
 from transformers import AutoModelForMaskedLM, default_data_collator
 
 from vmd_hf import VMDForMaskedDiffusion, VMDModel, nelbo
 from vmd_hf.data.synthetic import synthetic_dataset
+from vmd_hf.training import VMDMetricsCallback
 
 LATENT_PATH = ["conditioner", "modulation", "latent_prior", "latent_encoder"]
 BLOCKS = {"block_size": 2, "prior": "learned"}
@@ -28,9 +29,17 @@ def trained_weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("task_type", [None, "FEATURE_EXTRACTION", "CAUSAL_LM"])
-@pytest.mark.parametrize("modules", [None, LATENT_PATH], ids=["adapter", "with the latent path"])
-@pytest.mark.parametrize("shape", [{}, BLOCKS], ids=["whole", "blocks"])
+@pytest.mark.parametrize(
+    ("task_type", "modules", "shape"),  # every pair of them
+    [
+        (None, None, {}),
+        (None, LATENT_PATH, BLOCKS),
+        ("FEATURE_EXTRACTION", None, BLOCKS),
+        ("FEATURE_EXTRACTION", LATENT_PATH, {}),
+        ("CAUSAL_LM", None, {}),
+        ("CAUSAL_LM", LATENT_PATH, BLOCKS),
+    ],
+)
 def test_an_adapter_is_trained_saved_loaded_and_merged(tmp_path, task_type, modules, shape):
     tiny_model(**shape).save_pretrained(tmp_path / "base")
     base = VMDForMaskedDiffusion.from_pretrained(tmp_path / "base")
@@ -45,7 +54,8 @@ def test_an_adapter_is_trained_saved_loaded_and_merged(tmp_path, task_type, modu
     assert originals == latent_path  # each part of the latent path, and no more
     assert all("lora_" in name for name in before.keys() - wholly)
 
-    train(model, tmp_path / "run", rows=synthetic_dataset("d1", 40, seed=0), max_steps=4)
+    callbacks, rows = [VMDMetricsCallback()], synthetic_dataset("d1", 40, seed=0)
+    assert len(logged(train(model, tmp_path / "run", callbacks, rows=rows, max_steps=4), "kl")) == 4
     after = trained_weights(model)
     assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in before)
     trained = values_of(model)

@@ -6,6 +6,11 @@ from transformers.utils import TransformersKwargs
 # What forward takes beside its own arguments.
 _KEYWORDS = {*TransformersKwargs.__annotations__, "return_dict", "use_cache"}
 
+OWN_LOSS = (
+    "the model computes its own loss when forward gets labels, and a trainer with a loss of its own, such as TRL's "
+    "SFTTrainer, would train next-token prediction; use the plain Trainer, or vmd_hf.training.trl.VMDSFTTrainer"
+)
+
 
 def require(holds: torch.Tensor, message: str) -> None:
     """Raises unless the scalar bool tensor is true. On an accelerator this does not wait for it: the error is
@@ -57,6 +62,15 @@ def check_inputs(input_ids, attention_mask, position_ids, config):
         if attention_mask is None:
             raise ValueError(f"{rule}, got {input_ids.shape[1]}")
         require(attention_mask.ne(0).sum(-1).max() <= limit, f"{rule}, got more")
+
+
+def check_masks(input_ids, config):
+    """There is something to denoise."""
+    if config.mask_token_id is not None:
+        require(
+            (input_ids == config.mask_token_id).any(),
+            f"input_ids must hold mask tokens when the denoiser alone is trained, got none: {OWN_LOSS}",
+        )
 
 
 def check_latents(latents, config, layout, batch_size):
@@ -115,4 +129,14 @@ def check_noise(times, position_noise, latent_noise, shape, latent_shape, config
         check_shape("latent_noise", latent_noise, (*units, *latent_shape))
 
 
-__all__ = ["check_inputs", "check_keywords", "check_labels", "check_latents", "check_noise", "check_shape", "require"]
+__all__ = [
+    "OWN_LOSS",
+    "check_inputs",
+    "check_keywords",
+    "check_labels",
+    "check_latents",
+    "check_masks",
+    "check_noise",
+    "check_shape",
+    "require",
+]

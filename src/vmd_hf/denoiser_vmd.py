@@ -9,7 +9,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, merge_with_config_defaults
 
 from .blocks_vmd import CleanContext, Layout, lay_out_blocks, lay_out_rows
-from .checks_vmd import check_inputs, check_keywords, check_latents, require
+from .checks_vmd import check_inputs, check_keywords, check_latents, check_masks, require
 from .objective_vmd import last_before_blocks
 from .saving_vmd import VMDPreTrainedModel
 
@@ -32,6 +32,8 @@ class VMDModelOutput(ModelOutput):
 
 class VMDDenoiser(VMDPreTrainedModel):
     """The interface. A subclass has `embeddings`, `conditioner` and `latent_prior` (modules or `None`), and `run`."""
+
+    has_head = False  # whether it is part of a VMDForMaskedDiffusion
 
     def lay_out(self, input_ids, attention_mask=None, position_ids=None) -> Layout:
         """How the rows are laid out for `run`: as they are, or on a grid of blocks. Checks shapes."""
@@ -87,6 +89,7 @@ class VMDDenoiser(VMDPreTrainedModel):
         context: CleanContext | None = None,
         clean: bool = False,
         conditioning: torch.Tensor | None = None,
+        for_head: bool = False,
         **kwargs,
     ) -> VMDModelOutput:
         """
@@ -102,14 +105,18 @@ class VMDDenoiser(VMDPreTrainedModel):
             clean: With blocks and `layout`, `input_ids` are clean tokens to be read: block-causal, under the null
                 latent. The output has their keys and values.
             conditioning: With `layout`, what `condition` made of the latents; `None`: the null latent.
+            for_head: Whether [`VMDForMaskedDiffusion`] asks, whose part this model may be.
 
         Returns:
             `last_hidden_state` (batch, length, hidden_size), after the final norm. With blocks, `attentions` are those
             on the grid, of queries and keys [clean, noisy].
 
         Raises:
-            ValueError: for a wrong shape, or more tokens than a position table has.
+            ValueError: for a wrong shape, or more tokens than a position table has; and where somebody else than its
+                `VMDForMaskedDiffusion` trains it on clean tokens, as a next-token loss would.
         """
+        if self.has_head and self.training and torch.is_grad_enabled() and not for_head and layout is None:
+            check_masks(input_ids, self.config)
         if layout is not None:
             return self.run(input_ids, layout, conditioning, context, clean, return_dict=True, **kwargs)
         check_keywords(kwargs)

@@ -14,7 +14,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .backbones_vmd import VMDBackbone, backbone_settings, load_masked_lm
 from .blocks_vmd import CleanContext, Layout, block_attention_mask, join_places
 from .chain_vmd import VMDChain
-from .checks_vmd import check_shape
+from .checks_vmd import OWN_LOSS, check_shape
 from .configuration_vmd import VMDConfig
 from .denoiser_vmd import VMDDenoiser, VMDModelOutput, gather_hidden_states
 from .generation_vmd import VMDGenerationConfig, VMDGenerationMixin
@@ -193,6 +193,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         else:
             self._tied_weights_keys = None  # the backbone's own are
+        self.model.has_head = True
         self.latent_encoder = VMDLatentEncoder(config) if config.gaussian_size else None
         self.chain = VMDChain(config) if config.num_states else None
         self.post_init()
@@ -238,6 +239,10 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             self.model.masked_lm.set_output_embeddings(new_embeddings)
         else:
             self.lm_head = new_embeddings
+
+    def loss_function(self, *args, **kwargs):
+        """Where transformers has a loss for others to call, next-token prediction by default."""
+        raise ValueError(f"loss_function must not be called: {OWN_LOSS}")
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., hidden_size) to (..., vocab_size), -inf at the tokens that may never appear."""
@@ -292,7 +297,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
                     "labels must reach the model, whose loss is computed in forward; the Trainer keeps them with "
                     "label_smoothing_factor > 0 or compute_loss_func, and neither can be used"
                 )
-            outputs = self.model(input_ids, attention_mask, position_ids, latents, **kwargs)
+            outputs = self.model(input_ids, attention_mask, position_ids, latents, for_head=True, **kwargs)
             return VMDMaskedDiffusionOutput(
                 logits=self.compute_logits(outputs.last_hidden_state),
                 hidden_states=outputs.hidden_states,
