@@ -1,4 +1,4 @@
-import importlib.util
+import importlib
 import pickle
 import sys
 from itertools import permutations, product
@@ -6,11 +6,10 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from vmd_hf.data import sudoku
+import vmd_hf.data
 from vmd_hf.data.sudoku import (
     SudokuCollator,
     apply_symmetries,
@@ -22,7 +21,6 @@ from vmd_hf.data.sudoku import (
     generate_puzzles,
     group_validity,
     inverse_symmetries,
-    load_puzzles,
     parse_board,
     puzzle_dataset,
     random_boards,
@@ -33,6 +31,7 @@ from vmd_hf.data.sudoku import (
     sudoku_tokenizer,
     valid_boards,
 )
+from vmd_hf.data.sudoku.compiled import Kernel
 
 PUZZLE = """
     53..7.... 6..195... .98....6.
@@ -355,6 +354,7 @@ def test_symmetries_take_solutions_into_solutions(generated, generators):
     check_solution(new_puzzles, new_solutions)
     counts, solved = solve_puzzles(new_puzzles)
     assert (counts == 1).all() and np.array_equal(solved, new_solutions)
+    assert np.array_equal(apply_symmetries(new_puzzles, inverse_symmetries(symmetries)), puzzles)
     for again, first in zip(random_symmetries(200, generators(0)), symmetries, strict=True):
         assert np.array_equal(again, first)
 
@@ -442,17 +442,13 @@ def table(generated):
     return format_boards(puzzles), format_boards(solutions), puzzles, solutions
 
 
-@pytest.mark.parametrize("read", [read_puzzles, load_puzzles])
-@pytest.mark.parametrize("header", ["quizzes,solutions,rating,source", "Puzzle,Solution,rating,source"])
-def test_read_csv(tmp_path, table, read, header):
+@pytest.mark.parametrize("header", ["quizzes,solutions,rating,source", 'Puzzle, "Solution",rating,source'])
+def test_read_csv(tmp_path, table, header):
     *texts, puzzles, solutions = table
     rows = [f"{puzzle},{solution},{row / 2},kaggle" for row, (puzzle, solution) in enumerate(zip(*texts, strict=True))]
     path = tmp_path / "puzzles.csv"
-    path.write_text("\n".join([header, *rows]) + "\n")
-    if read is load_puzzles and header.startswith("P"):
-        result = read(path, puzzle_column="Puzzle", solution_column="Solution")
-    else:
-        result = read(path)
+    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8-sig")
+    result = read_puzzles(path)
     assert result.puzzles.dtype == result.solutions.dtype == np.uint8
     assert np.array_equal(result.puzzles, puzzles) and np.array_equal(result.solutions, solutions)
     assert list(result.extras) == ["rating", "source"]
@@ -468,25 +464,6 @@ def test_read_lines(tmp_path, table):
     result = read_puzzles(path)
     assert np.array_equal(result.puzzles, puzzles)
     assert result.solutions is None and result.extras == {}
-
-
-def test_load_text_parquet_and_json(tmp_path, table):
-    puzzle_texts, solution_texts, puzzles, solutions = table
-    (tmp_path / "puzzles.txt").write_text("\n".join(puzzle_texts))
-    result = load_puzzles(tmp_path / "puzzles.txt", split="train[:7]")
-    assert np.array_equal(result.puzzles, puzzles[:7]) and result.solutions is None
-
-    columns = {"id": list(range(len(puzzles))), "question": puzzle_texts, "answer": solution_texts}
-    (tmp_path / "folder").mkdir()
-    Dataset.from_dict(columns).to_parquet(tmp_path / "folder" / "test.parquet")
-    result = load_puzzles(tmp_path / "folder", split="test")
-    assert np.array_equal(result.puzzles, puzzles) and np.array_equal(result.solutions, solutions)
-    assert result.extras["id"].tolist() == columns["id"]
-
-    lists = {"start": puzzles.reshape(-1, 9, 9).tolist(), "end": solutions.tolist()}
-    Dataset.from_dict(lists).to_json(tmp_path / "lists.jsonl")
-    result = load_puzzles(tmp_path / "lists.jsonl", puzzle_column="start", solution_column="end")
-    assert np.array_equal(result.puzzles, puzzles) and np.array_equal(result.solutions, solutions)
 
 
 @pytest.mark.parametrize(
@@ -514,16 +491,18 @@ def test_read_puzzles_rejects(tmp_path, content, message):
         read_puzzles(path)
 
 
-def test_columns_must_exist(tmp_path):
+def test_columns_may_be_named_and_must_exist(tmp_path, table):
     path = tmp_path / "puzzles.txt"
+    path.write_text(f"puzzle,start,end\n7,{table[0][0]},{table[1][0]}\n")
+    result = read_puzzles(path, puzzle_column="start", solution_column="end")
+    assert format_boards(result.puzzles) == table[0][:1] and format_boards(result.solutions) == table[1][:1]
+    assert result.extras["puzzle"].tolist() == [7]
     path.write_text(SOLUTION)
     with pytest.raises(ValueError, match="`puzzle_column` and `solution_column` must be None unless `path` is a CSV"):
         read_puzzles(path, puzzle_column="puzzle")
     path.write_text(f"puzzle,x\n{SOLUTION},1\n")
     with pytest.raises(ValueError, match=r"`solution_column` must be a column .* got 'y' for \['puzzle', 'x'\]"):
         read_puzzles(path, solution_column="y")
-    with pytest.raises(ValueError, match=r"`name` must be a folder, .* got .*puzzles\.zip"):
-        load_puzzles(path.rename(tmp_path / "puzzles.zip"))
 
 
 # Tokenizer and dataset
@@ -601,12 +580,6 @@ def test_extra_clues_are_as_many_as_drawn_and_the_puzzle_stays_the_same(generate
         SudokuCollator(tokenizer, seed=0, extra_clues=-1)
 
 
-def test_a_symmetry_is_undone_by_its_inverse(generated):
-    symmetries = random_symmetries(len(generated[0]), np.random.default_rng(5))
-    back = apply_symmetries(apply_symmetries(generated[0], symmetries), inverse_symmetries(symmetries))
-    assert np.array_equal(back, generated[0])
-
-
 def test_boards_that_break_a_rule_are_tried_again_under_symmetries(generated):
     puzzles, solutions = generated
     seen = []
@@ -638,17 +611,21 @@ def test_workers_and_epochs_do_not_repeat_symmetries(generated):
 
 
 def test_numba_is_needed_only_where_it_is_used(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("vmd_hf.data.sudoku")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(vmd_hf.data, "sudoku", None)  # put back afterwards
     monkeypatch.setitem(sys.modules, "numba", None)
-    spec = importlib.util.spec_from_file_location("vmd_hf.data.sudoku_again", sudoku.__file__)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module("vmd_hf.data.sudoku")
     assert module.valid_boards(module.parse_board(SOLUTION)[None]).all()
-    for function in (module.solve_puzzles, module.canonical_keys):
+    board = np.zeros((1, 81), dtype=int)
+    for function, *arguments in (
+        (module.solve_puzzles, board),
+        (module.canonical_keys, board),
+        (module.random_boards, 1, 0),
+        (module.generate_puzzles, 1, 30, 0),
+    ):
         with pytest.raises(ImportError, match=r"pip install vmd_hf\[sudoku\]"):
-            function(np.zeros((1, 81), dtype=int))
-    for function in (module.random_boards, lambda *numbers: module.generate_puzzles(1, 30, 0)):
-        with pytest.raises(ImportError, match=r"pip install vmd_hf\[sudoku\]"):
-            function(1, 0)
+            function(*arguments)
 
 
 def test_compiles_where_nothing_can_be_kept(monkeypatch):
@@ -660,4 +637,4 @@ def test_compiles_where_nothing_can_be_kept(monkeypatch):
         return lambda function: function
 
     monkeypatch.setattr(numba, "njit", njit)
-    assert sudoku._Kernel(lambda number: number + 1)(2) == 3
+    assert Kernel(lambda number: number + 1)(2) == 3

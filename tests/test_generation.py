@@ -1,13 +1,11 @@
-import math
 from functools import partial
 from itertools import product
 
 import helpers
 import pytest
 import torch
-from helpers import StopOnce, normal, seeded, unpadded
+from helpers import StopOnce, normal, seeded
 from transformers import (
-    LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteriaList,
     SuppressTokensLogitsProcessor,
@@ -16,16 +14,8 @@ from transformers import (
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion, VMDGenerateOutput, VMDGenerationConfig
 from vmd_hf.data.text import character_tokenizer
-from vmd_hf.generation_vmd import (
-    REMASKING_RULES,
-    PrefixStreamer,
-    confidence_of,
-    draw,
-    pad_after_eos,
-    prepare_canvas,
-    select_positions,
-    warp,
-)
+from vmd_hf.generation_configuration_vmd import REMASKING_RULES
+from vmd_hf.generation_vmd import EndOfText, PrefixStreamer, prepare_canvas
 
 MASK, PAD = 7, 8
 SURE_RULES = ("top_prob", "top_prob_margin", "entropy")
@@ -65,48 +55,6 @@ def model(request):
 padded = partial(helpers.padded, fill=PAD)
 
 
-def record_passes(model):
-    """Every forward pass of the denoiser while the returned list is alive: its rows and what the latents do."""
-    calls = []
-
-    def before(module, args, kwargs):
-        calls.append({"input_ids": args[0] if args else kwargs["input_ids"], "modulation": kwargs["modulation"]})
-
-    return calls, model.model.register_forward_pre_hook(before, with_kwargs=True)
-
-
-@torch.no_grad()
-def assert_latents(model, call, latents):
-    torch.testing.assert_close(call["modulation"], model.model.modulation_of(latents[:, None]))
-
-
-@torch.no_grad()
-def fill_greedily(model, row, latents, rule, num_steps=None, threshold=1.0):
-    """One row, one position at a time in plain Python. Returns the sequence after every step."""
-    row = torch.tensor(row)
-    num_masks = int((row == MASK).sum())
-    num_steps = min(num_steps or num_masks, num_masks)
-    history = []
-    filled = 0
-    while filled < num_masks:
-        probabilities = model(row[None], latents=latents[None]).logits[0].double().softmax(-1)
-        scores = {}
-        for position in (row == MASK).nonzero().flatten().tolist():
-            best, second, *_ = sorted(probabilities[position].tolist(), reverse=True)
-            scores[position] = {
-                "top_prob": best,
-                "top_prob_margin": best - second,
-                "entropy": sum(p * math.log(p) for p in probabilities[position].tolist() if p > 0),
-            }[rule]
-        scheduled = (len(history) + 1) * num_masks // num_steps - filled
-        count = max(scheduled, 1, sum(score > threshold for score in scores.values()))
-        for position in sorted(scores, key=scores.get, reverse=True)[:count]:
-            row[position] = probabilities[position].argmax()
-        filled += count
-        history.append(row.tolist())
-    return history
-
-
 # --- the pieces ------------------------------------------------------------------------------------------------------
 
 
@@ -125,79 +73,20 @@ def test_canvas_with_new_tokens_ends_all_prompts_in_one_column():
     assert canvas_mask.tolist() == [[1, 1, 1, 1, 1], [0, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
 
 
-@pytest.mark.parametrize("sampler", [torch.rand, torch.randn])
-def test_draw_takes_each_row_from_its_own_generator(sampler):
-    numbers = draw(sampler, [2, 0, 3], (4,), [seeded(5), seeded(6), seeded(7)], torch.device("cpu"))
-    expected = torch.cat([sampler((2, 4), generator=seeded(5)), sampler((3, 4), generator=seeded(7))])
-    assert torch.equal(numbers, expected)
-
-
-def test_draw_takes_the_batch_from_one_generator():
-    numbers = draw(torch.rand, [2, 1], (), seeded(5), torch.device("cpu"))
-    assert torch.equal(numbers, torch.rand(3, generator=seeded(5)))
-
-
-@pytest.mark.parametrize(
-    "settings, expected",
-    [
-        ({}, [0.5, 0.3, 0.2]),
-        ({"temperature": 0.5}, [25 / 38, 9 / 38, 4 / 38]),  # squares of the probabilities
-        ({"top_k": 2}, [0.625, 0.375, 0]),
-        ({"top_p": 0.7}, [0.625, 0.375, 0]),
-        ({"temperature": 0.5, "top_p": 0.6}, [1, 0, 0]),  # 25/38 > 0.6 > 0.5: temperature comes first
-        ({"temperature": 1.0, "top_k": 5, "top_p": 1.0}, [0.5, 0.3, 0.2]),
-    ],
-)
-def test_warp(settings, expected):
-    logits = torch.tensor([[0.5, 0.3, 0.2]]).log() + 3  # logits know their probabilities up to a constant
-    warped = warp(logits, VMDGenerationConfig(do_sample=True, **settings))
-    torch.testing.assert_close(warped.softmax(-1), torch.tensor([expected], dtype=torch.float32))
-
-
-@pytest.mark.parametrize(
-    "rule, expected",
-    [
-        ("top_prob", 0.3),
-        ("top_prob_margin", 0.2),
-        ("entropy", 0.5 * math.log(0.5) + 0.3 * math.log(0.3) + 0.2 * math.log(0.2)),
-    ],
-)
-def test_confidence(rule, expected):
-    probabilities = torch.tensor([[0.3, 0.0, 0.5, 0.2], [0.0, 0.0, 1.0, 0.0]])
-    confidence = confidence_of(probabilities.log(), torch.tensor([0, 2]), rule)  # the first is not the most probable
-    certain = 0.0 if rule == "entropy" else 1.0
-    torch.testing.assert_close(confidence, torch.tensor([expected, certain]))
-
-
-def test_selected_positions_are_masked_and_the_surest_and_ties_go_from_left_to_right():
-    confidence = torch.tensor(
-        [
-            [0.9, 0.1, 0.5, 0.3],
-            [0.2, 0.2, 0.2, 0.2],
-            [0.1, 0.2, 0.3, 0.4],
-            [0.1, 0.2, 0.3, 0.4],
-            [0.1, 0.2, 0.3, 0.4],
-        ]
-    )
-    masked = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 1], [1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 0, 0]]).bool()
-    selected = select_positions(confidence, masked, torch.tensor([2, 2, 0, 3, 1]))
-    expected = [[0, 0, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0]]
-    assert selected.int().tolist() == expected
-
-
 @pytest.mark.parametrize(
     "eos, pad, expected",
     [
         (2, PAD, [[2, 1, 0, 2, PAD, PAD], [1, 1, 0, 5, 5, 2], [0, 1, 2, PAD, PAD, PAD]]),
         ([5, 2], PAD, [[2, 1, 0, 2, PAD, PAD], [1, 1, 0, 5, PAD, PAD], [0, 1, 2, PAD, PAD, PAD]]),
         ([5, 2], None, [[2, 1, 0, 2, 5, 5], [1, 1, 0, 5, 5, 5], [0, 1, 2, 5, 5, 5]]),
-        (None, PAD, [[2, 1, 0, 2, 3, 2], [1, 1, 0, 5, 5, 2], [0, 1, 2, 2, 5, 4]]),
     ],
 )
 def test_padding_after_the_first_end_of_sequence_among_new_tokens(eos, pad, expected):
     sequences = torch.tensor([[2, 1, 0, 2, 3, 2], [1, 1, 0, 5, 5, 2], [0, 1, 2, 2, 5, 4]])
-    config = VMDGenerationConfig(max_new_tokens=4, eos_token_id=eos, pad_token_id=pad)
-    assert pad_after_eos(sequences, config).tolist() == expected
+    end_of_text = EndOfText(
+        VMDGenerationConfig(max_new_tokens=4, eos_token_id=eos, pad_token_id=pad), torch.device("cpu")
+    )
+    assert end_of_text.pad_after(sequences).tolist() == expected
 
 
 class Collector:
@@ -232,61 +121,6 @@ def test_prefix_streamer_sends_what_is_final_in_every_row_and_only_once():
 # --- what is filled, and in how many passes --------------------------------------------------------------------------
 
 
-FILLING_SETTINGS = [
-    {},
-    {"num_steps": 1},
-    {"num_steps": 3, "do_sample": True},
-    {"num_steps": 2, "do_sample": True, "temperature": 2.0, "top_k": 3, "top_p": 0.9},
-    {"resample_latents": True, "num_steps": 4},
-]
-THRESHOLD_SETTINGS = [{"confidence_threshold": 0.5}, {"confidence_threshold": 0.5, "do_sample": True, "num_steps": 2}]
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        *(settings | {"remasking": rule} for rule in REMASKING_RULES for settings in FILLING_SETTINGS),
-        *(settings | {"remasking": rule} for rule in REMASKING_RULES[1:3] for settings in THRESHOLD_SETTINGS),
-    ],
-)
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_every_mask_is_filled_and_nothing_else_changes(model, settings, side):
-    ids, mask = padded(ROWS, side, width=8, fill=MASK)  # mask tokens in the padding must stay, too
-    before = ids.clone()
-    output = model.generate(ids, mask, generator=seeded(0), **settings)
-    fillable = (ids == MASK) & (mask == 1)
-    assert output.dtype == torch.int64 and output.shape == ids.shape
-    assert torch.equal(ids, before)
-    assert torch.equal(output[~fillable], ids[~fillable])
-    assert output[fillable].max() < MASK  # neither the mask nor the pad token
-
-
-@pytest.mark.parametrize("remasking", REMASKING_RULES)
-@pytest.mark.parametrize("num_steps", [None, 1, 2, 3, 4, 100])
-def test_forward_passes_are_counted_for_each_row(model, remasking, num_steps):
-    ids, mask = padded(ROWS)
-    calls, handle = record_passes(model)
-    output = model.generate(ids, mask, num_steps=num_steps, remasking=remasking, return_dict_in_generate=True)
-    handle.remove()
-    assert isinstance(output, VMDGenerateOutput)
-    expected = [min(num_steps or 100, masks) for masks in (4, 2, 5, 0)]
-    assert output.num_forward_passes.tolist() == expected
-    assert len(calls) == max(expected)
-    # A row is in as many of the passes as were counted for it: a finished row costs nothing.
-    assert [len(call["input_ids"]) for call in calls] == [
-        sum(passes > step for passes in expected) for step in range(max(expected))
-    ]
-
-
-def test_a_batch_without_masks_costs_no_pass(model):
-    calls, handle = record_passes(model)
-    output = model.generate(torch.tensor([[1, 2], [3, 4]]), return_dict_in_generate=True, output_history=True)
-    handle.remove()
-    assert output.sequences.tolist() == [[1, 2], [3, 4]]
-    assert output.num_forward_passes.tolist() == [0, 0]
-    assert calls == [] and output.history == ()
-
-
 @pytest.mark.parametrize(
     "num_steps, masks_left",
     [
@@ -308,11 +142,6 @@ def test_schedule(model, num_steps, masks_left, remasking):
         assert torch.equal(earlier[earlier != MASK], later[earlier != MASK])  # what is revealed stays
 
 
-def test_three_masks_in_two_steps_are_one_and_then_two(model):
-    output = model.generate(torch.full((1, 3), MASK), num_steps=2, return_dict_in_generate=True, output_history=True)
-    assert [(state == MASK).sum().item() for state in output.history] == [2, 0]
-
-
 def test_history_is_kept_on_request_only(model):
     assert model.generate(torch.tensor([[MASK]]), return_dict_in_generate=True).history is None
 
@@ -327,53 +156,6 @@ def test_one_greedy_step_is_the_argmax_of_the_forward_pass(model):
     masked = (ids == MASK) & (mask == 1)
     expected = torch.where(masked, logits.argmax(-1), ids)
     assert torch.equal(model.generate(ids, mask, latents=latents, num_steps=1), expected)
-
-
-@pytest.mark.parametrize("rule", SURE_RULES)
-@pytest.mark.parametrize("num_steps", [None, 2, 3])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_greedy_batches_are_their_rows_filled_by_a_plain_loop(model, rule, num_steps, side):
-    rows = ROWS * 6
-    ids, mask = padded(rows, side, width=7)
-    latents = normal(len(rows), 3, seed=1)
-    output = model.generate(ids, mask, latents=latents, remasking=rule, num_steps=num_steps)
-    expected = [
-        [row, *fill_greedily(model, row, z, rule, num_steps)][-1] for row, z in zip(rows, latents, strict=True)
-    ]
-    assert unpadded(output, mask) == expected
-
-
-def test_the_rules_differ(model):
-    # or the test above could not tell one from another
-    rows = ROWS * 6
-    first, second, third = (
-        [fill_greedily(model, row, z, rule) for row, z in zip(rows, normal(len(rows), 3, seed=1), strict=True)]
-        for rule in SURE_RULES
-    )
-    assert first != second and second != third and first != third
-
-
-@pytest.mark.parametrize("rule", ["top_prob", "top_prob_margin"])
-@pytest.mark.parametrize("threshold, num_steps", [(0.4, None), (0.6, None), (0.6, 2)])
-def test_confidence_threshold_reveals_all_that_exceed_it(model, rule, threshold, num_steps):
-    ids, mask = padded(ROWS)
-    latents = normal(4, 3, seed=2)
-    output = model.generate(
-        ids,
-        mask,
-        latents=latents,
-        remasking=rule,
-        confidence_threshold=threshold,
-        num_steps=num_steps,
-        return_dict_in_generate=True,
-    )
-    histories = [
-        fill_greedily(model, row, z, rule, num_steps, threshold) for row, z in zip(ROWS, latents, strict=True)
-    ]
-    assert output.num_forward_passes.tolist() == [len(history) for history in histories]
-    assert unpadded(output.sequences, mask) == [
-        [row, *history][-1] for row, history in zip(ROWS, histories, strict=True)
-    ]
 
 
 @pytest.mark.parametrize(
@@ -515,65 +297,7 @@ def test_drawn_latents_come_from_the_generator_and_are_scaled(model):
     assert torch.equal(model.generate(ids, generator=seeded(4), latent_scale=0.0, num_steps=1), logits.argmax(-1))
 
 
-def test_drawn_latents_come_from_each_rows_own_generator(model):
-    ids = torch.full((2, 4), MASK)
-    output = model.generate(ids, generator=[seeded(4), seeded(9)], return_dict_in_generate=True)
-    assert torch.equal(output.latents, torch.cat([normal(1, 3, seed=4), normal(1, 3, seed=9)]))
-
-
-def test_one_latent_is_kept_for_all_steps_by_default(model):
-    calls, handle = record_passes(model)
-    output = model.generate(torch.full((2, 3), MASK), generator=seeded(0), return_dict_in_generate=True)
-    handle.remove()
-    assert len(calls) == 3
-    for call in calls:
-        assert_latents(model, call, output.latents)
-
-
-def test_a_fresh_latent_is_drawn_for_each_step_of_each_row_that_is_not_finished(model):
-    ids = torch.tensor([[MASK, MASK, 1], [MASK, MASK, MASK]])
-    calls, handle = record_passes(model)
-    output = model.generate(
-        ids,
-        resample_latents=True,
-        latent_scale=2.0,
-        generator=[seeded(4), seeded(9)],
-        return_dict_in_generate=True,
-    )
-    handle.remove()
-    streams = [
-        [2 * torch.randn(1, 3, generator=generator)[0] for _ in range(3)] for generator in (seeded(4), seeded(9))
-    ]
-    assert_latents(model, calls[0], torch.stack([streams[0][0], streams[1][0]]))
-    assert_latents(model, calls[1], torch.stack([streams[0][1], streams[1][1]]))
-    assert_latents(model, calls[2], streams[1][2][None])
-    assert torch.equal(output.latents, torch.stack([streams[0][1], streams[1][2]]))
-
-
 RANDOM_SETTINGS = {"do_sample": True, "remasking": "random", "num_steps": 3}
-
-
-def test_the_same_seed_gives_the_same_samples(model):
-    ids = torch.full((8, 6), MASK)
-    first, second, other = (model.generate(ids, generator=seeded(seed), **RANDOM_SETTINGS) for seed in (3, 3, 4))
-    assert torch.equal(first, second)
-    assert not torch.equal(first, other)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [RANDOM_SETTINGS, RANDOM_SETTINGS | {"resample_latents": True}, {"do_sample": True, "confidence_threshold": 0.5}],
-)
-def test_with_a_generator_for_each_row_the_batch_does_not_matter(model, settings):
-    alone = [
-        model.generate(torch.tensor([row]), generator=[seeded(index)], **settings)[0].tolist()
-        for index, row in enumerate(ROWS)
-    ]
-    for order in ([0, 1, 2, 3], [2, 0], [3, 2, 1, 0], [1, 3]):
-        for side in ("left", "right"):
-            ids, mask = padded([ROWS[index] for index in order], side, width=7)
-            output = model.generate(ids, mask, generator=[seeded(index) for index in order], **settings)
-            assert unpadded(output, mask) == [alone[index] for index in order]
 
 
 def test_a_model_without_a_latent_generates():
@@ -587,48 +311,13 @@ def test_a_model_without_a_latent_generates():
     assert not (sampled == MASK).any()
 
 
-def test_a_model_in_half_precision_generates():
-    model = small_model().to(torch.bfloat16)
-    ids, mask = padded(ROWS)
-    output = model.generate(ids, mask, generator=seeded(0), **RANDOM_SETTINGS)
-    assert not (output == MASK).any()
-
-
 # --- continuing prompts ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rule", SURE_RULES)
-def test_prompts_are_continued_alike_alone_and_in_a_batch_padded_on_either_side(model, rule):
-    prompts = [[1, 2, 3, 4], [5], [0, 6]]
-    latents = normal(3, 3)
-    settings = {"max_new_tokens": 5, "num_steps": 3, "remasking": rule}
-    alone = [
-        model.generate(torch.tensor([prompt]), latents=z[None], **settings)[0].tolist()
-        for prompt, z in zip(prompts, latents, strict=True)
-    ]
-    expected = [[PAD] * (9 - len(row)) + row for row in alone]  # the prompts end in one column
-    for side in ("left", "right"):
-        ids, mask = padded(prompts, side)
-        assert model.generate(ids, mask, latents=latents, **settings).tolist() == expected
-    for prompt, row in zip(prompts, alone, strict=True):
-        assert row[: len(prompt)] == prompt and len(row) == len(prompt) + 5
-        assert max(row) < MASK
 
 
 def test_an_empty_prompt_is_continued(model):
     latents = normal(2, 3)
     output = model.generate(torch.empty(2, 0, dtype=torch.long), max_new_tokens=4, latents=latents)
     assert torch.equal(output, model.generate(torch.full((2, 4), MASK), latents=latents))
-
-
-def test_masks_in_a_prompt_are_filled_with_the_new_ones(model):
-    latents = normal(1, 3)
-    output = model.generate(
-        torch.tensor([[1, MASK, 2]]), max_new_tokens=2, latents=latents, return_dict_in_generate=True
-    )
-    expected = model.generate(torch.tensor([[1, MASK, 2, MASK, MASK]]), latents=latents)
-    assert torch.equal(output.sequences, expected)
-    assert output.num_forward_passes.tolist() == [3]
 
 
 def test_new_tokens_after_the_end_of_a_text_are_padding(model):
@@ -647,23 +336,7 @@ def test_new_tokens_after_the_end_of_a_text_are_padding(model):
     assert model.generate(ids, mask, eos_token_id=[eos], **settings).tolist() == expected
 
 
-def test_infilling_knows_no_end_of_text(model):
-    latents = normal(1, 3)
-    ids = torch.full((1, 6), MASK)
-    plain = model.generate(ids, latents=latents)
-    assert torch.equal(model.generate(ids, latents=latents, eos_token_id=plain[0, 1].item()), plain)
-
-
 # --- processors, stopping, streaming ---------------------------------------------------------------------------------
-
-
-class RecordingProcessor(LogitsProcessor):
-    def __init__(self):
-        self.calls = []
-
-    def __call__(self, input_ids, scores):
-        self.calls.append((input_ids.clone(), scores.clone()))
-        return scores
 
 
 def test_logits_processors_are_respected(model):
@@ -678,62 +351,6 @@ def test_logits_processors_are_respected(model):
         )
         filled = output[(ids == MASK) & (mask == 1)]
         assert not torch.isin(filled, torch.tensor([*suppressed, MASK, PAD])).any()
-
-
-def test_logits_processors_see_one_row_for_each_masked_position(model):
-    rows = [[MASK, 1, MASK], [2, MASK, 3]]
-    recorder = RecordingProcessor()
-    latents = normal(2, 3)
-    output = model.generate(
-        torch.tensor(rows),
-        latents=latents,
-        logits_processor=LogitsProcessorList([recorder]),
-        return_dict_in_generate=True,
-        output_history=True,
-    )
-    (first_ids, first_scores), (second_ids, second_scores) = recorder.calls
-    assert first_ids.tolist() == [rows[0], rows[0], rows[1]]
-    logits = model(input_ids=torch.tensor(rows), latents=latents).logits
-    torch.testing.assert_close(first_scores, torch.stack([logits[0, 0], logits[0, 2], logits[1, 1]]))
-    assert second_ids.tolist() == [output.history[0][0].tolist()]
-    assert second_scores.shape == (1, 9)
-
-
-def test_a_stopped_row_is_left_as_it_is_and_the_others_go_on(model):
-    ids, mask = padded(ROWS)
-    latents = normal(4, 3)
-    plain = model.generate(ids, mask, latents=latents, return_dict_in_generate=True, output_history=True)
-    criterion = StopOnce(row=2, step=2)
-    stopped = model.generate(
-        ids,
-        mask,
-        latents=latents,
-        stopping_criteria=StoppingCriteriaList([criterion]),
-        return_dict_in_generate=True,
-        output_history=True,
-    )
-    assert torch.equal(stopped.sequences[2], plain.history[1][2])
-    assert (stopped.sequences[2] == MASK).sum() == 3
-    assert torch.equal(stopped.sequences[[0, 1, 3]], plain.sequences[[0, 1, 3]])
-    assert stopped.num_forward_passes.tolist() == [4, 2, 2, 0]
-    assert torch.equal(torch.stack(criterion.seen), torch.stack(stopped.history))  # masks included
-
-
-@pytest.mark.parametrize("settings", [{}, {"remasking": "random", "do_sample": True}, {"num_steps": 1}])
-def test_streamed_pieces_make_up_the_sequence(model, settings):
-    ids = torch.tensor([[1, 2, MASK, 3, MASK, MASK], [4, MASK, MASK, MASK, 5, 6]])
-    collector = Collector()
-    output = model.generate(ids, generator=seeded(1), streamer=collector, **settings)
-    assert torch.equal(torch.cat(collector.puts, dim=-1), output)
-    assert collector.puts[0].tolist() == [[1], [4]]  # the second column is open in the second row
-    assert collector.ends == 1
-
-
-def test_the_prompt_is_streamed_first(model):
-    collector = Collector()
-    output = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, generator=seeded(1), streamer=collector)
-    assert collector.puts[0].tolist() == [[1, 2, 3]]
-    assert torch.equal(torch.cat(collector.puts, dim=-1), output)
 
 
 def test_what_is_streamed_after_the_end_of_a_text_is_the_padding_of_the_sequence(model):
@@ -924,6 +541,13 @@ def test_given_settings_without_special_tokens_take_those_of_the_model():
         ({"confidence_threshold": 0.5, "remasking": "random"}, "confidence_threshold"),
         ({"confidence_threshold": 0.5, "remasking": "entropy"}, "confidence_threshold"),
         ({"latent_scale": -1.0}, "latent_scale"),
+        ({"corrector": "loop"}, "corrector must be one of"),
+        ({"corrector": "cap", "corrector_strength": 0.0}, "corrector_strength"),
+        ({"corrector": "cap", "corrector_strength": 1.5}, "corrector_strength"),
+        ({"corrector": "rescale", "confidence_threshold": 0.5}, "corrector.*confidence_threshold"),
+        ({"guidance_scale": -0.5}, "guidance_scale"),
+        ({"cache_implementation": "offloaded"}, "cache_implementation must be one of"),
+        ({"cache_implementation": None}, "cache_implementation must be one of"),
         ({"output_history": True}, "output_history"),
         ({"output_confidences": True}, "output_confidences needs return_dict_in_generate"),
     ],
@@ -986,10 +610,3 @@ def test_latents_for_a_model_without_a_latent_are_an_error():
 def test_a_model_without_a_mask_token_cannot_generate():
     with pytest.raises(ValueError, match="mask_token_id"):
         small_model(mask_token_id=None).generate(torch.tensor([[1, MASK]]))
-
-
-def test_a_table_of_positions_is_a_limit_that_is_named():
-    model = small_model()  # 12 positions
-    assert model.generate(torch.tensor([[1, 2]]), max_new_tokens=10, num_steps=2).shape == (1, 12)
-    with pytest.raises(ValueError, match="max_position_embeddings = 12"):
-        model.generate(torch.tensor([[1, 2]]), max_new_tokens=11, num_steps=2)

@@ -16,6 +16,7 @@ from test_model_cards import CARDS
 
 from vmd_hf import nelbo
 from vmd_hf.data.synthetic import synthetic_tokenizer
+from vmd_hf.data.text import character_tokenizer
 from vmd_hf.harness import VMDLM, cut, request_seed, rolling_windows
 
 D1 = str(CARDS / "vmd-d1")
@@ -276,6 +277,8 @@ def test_nothing_to_score_has_probability_one():
         ({"max_length": 17}, "max_length must lie between 1 and max_position_embeddings = 16, got 17"),
         ({"max_length": 0}, "max_length must lie between 1"),
         ({"tokenizer": None}, "tokenizer must be given with a model object, got None"),
+        ({"tokenizer": character_tokenizer()}, "tokenizer must be the model's, which has 12 tokens"),
+        ({"pretrained": "./nowhere"}, "no such folder"),
         ({"pretrained": torch.nn.Linear(1, 1)}, "pretrained must be a VMDForMaskedDiffusion, got Linear"),
     ],
 )

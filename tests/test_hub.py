@@ -3,25 +3,19 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig
 
+import vmd_hf
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion, VMDGenerationConfig, VMDModel
 from vmd_hf.data.synthetic import synthetic_tokenizer
 from vmd_hf.data.text import character_tokenizer
-from vmd_hf.hub import export_model
+from vmd_hf.hub import check_model, check_tokenizer, encode_text, export_model, load_model, load_tokenizer
 
-CODE = {
-    "configuration_vmd.py",
-    "generation_vmd.py",
-    "modeling_vmd.py",
-    "masking_vmd.py",
-    "noise_vmd.py",
-    "objective_vmd.py",
-    "pipeline_vmd.py",
-}
+CODE = {path.name for path in Path(vmd_hf.__file__).parent.glob("*_vmd.py")}
 WEIGHTS = {"config.json", "generation_config.json", "model.safetensors"}
 
 
@@ -46,7 +40,8 @@ def small_model(tokenizer=None, **changes):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-        model.kl_warmup_progress.fill_(7)
+        if model.latent_encoder is not None:
+            model.latent_encoder.kl_warmup_progress.fill_(7)
     return model
 
 
@@ -205,6 +200,77 @@ def test_a_loaded_export_saves_no_reference_to_code_that_is_not_saved(tmp_path):
     assert modules <= names(tmp_path / "saved")
 
 
+# --- what does not fit or is not there ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["/nowhere", "./nowhere", "~/nowhere", "outputs/run/model", "nowhere/", "a b"])
+def test_what_is_no_folder_and_can_be_no_id_is_missing_without_asking_the_hub(name, monkeypatch):
+    monkeypatch.setattr("vmd_hf.hub.get_hf_file_metadata", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    with pytest.raises(ValueError, match=f"got '{name}': no such folder"):
+        check_model(name)
+
+
+@pytest.mark.parametrize("name", ["outputs/nothing", "nothing"])
+def test_what_may_be_an_id_is_asked_for_once(name, monkeypatch):
+    asked = []
+
+    def no_network(url, **kwargs):
+        asked.append(url)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("vmd_hf.hub.get_hf_file_metadata", no_network)
+    with pytest.raises(ValueError, match=r"no such folder, and the Hub could not be asked \(no route\)"):
+        check_model(name)
+    assert len(asked) == 1 and asked[0].endswith(f"/{name}/resolve/main/config.json")
+
+
+def test_the_model_of_an_adapter_that_is_gone_is_missing(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "./gone"}')
+    with pytest.raises(ValueError, match=r"got './gone': no such folder"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match=r"got './gone': no such folder"):
+        load_tokenizer("./gone")
+
+
+def test_a_model_is_loaded_onto_the_device_that_is_asked_for_or_the_accelerator(tmp_path, monkeypatch):
+    small_model().save_pretrained(tmp_path)
+    model = load_model(tmp_path, "meta")
+    assert model.device.type == "meta" and not model.training
+    assert load_model(tmp_path, "cpu").device.type == "cpu"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    assert load_model(tmp_path).device.type == "meta"
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_an_error():
+    config = small_model().config
+    check_tokenizer(synthetic_tokenizer(), config)
+    check_tokenizer(synthetic_tokenizer(), VMDConfig(vocab_size=16, mask_token_id=10, pad_token_id=11))  # padded
+    with pytest.raises(ValueError, match=r"has 12 tokens and the mask token 10, got one that has 30 and 27"):
+        check_tokenizer(character_tokenizer(), config)
+    other = synthetic_tokenizer()
+    other.add_tokens(["x"])
+    with pytest.raises(ValueError, match=r"has 12 tokens and the mask token 10, got one that has 13 and 10"):
+        check_tokenizer(other, config)
+    other.mask_token = None
+    with pytest.raises(ValueError, match="must have a mask token, got none"):
+        check_tokenizer(other, config)
+
+
+def test_a_tokenizer_that_transformers_invents_is_none(tmp_path):
+    BertConfig(vocab_size=100, hidden_size=16, num_attention_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no tokenizer: put it there"):
+        load_tokenizer(tmp_path)
+
+
+def test_characters_outside_the_vocabulary_are_named():
+    tokenizer = synthetic_tokenizer()
+    assert encode_text("12[MASK]3", tokenizer).tolist() == [[1, 2, 10, 3]]
+    assert encode_text("", tokenizer).shape == (1, 0) and encode_text("", tokenizer).dtype == torch.int64
+    with pytest.raises(ValueError, match="characters of the vocabulary, '0123456789', got 'Mé'"):
+        encode_text("1[MASK]Mé2M", tokenizer)
+
+
 # --- without the package ---------------------------------------------------------------------------------------------
 
 
@@ -313,7 +379,7 @@ def test_an_exported_folder_loads_trains_and_saves_without_the_package(tmp_path)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert results["trained"]["kl_warmup_progress"] == 9
+    assert results["trained"]["latent_encoder.kl_warmup_progress"] == 9
     assert torch.equal(results["trained_tokens"], results["unsaved_tokens"])
     # What was loaded with its code is saved with it; the pipeline saves its own.
     assert names(tmp_path / "again") >= CODE - {"pipeline_vmd.py"}
@@ -368,6 +434,7 @@ def test_importing_the_package_imports_nothing_heavy(tmp_path):
         sys.path.insert(0, SOURCE)
         import vmd_hf
 
+        assert "sudoku_validity" in vmd_hf.metrics.NAMES
         print(sorted({name for name in heavy if name in sys.modules} - before))
         """.replace("SOURCE", repr(os.path.dirname(os.path.dirname(sys.modules["vmd_hf"].__file__)))),
         tmp_path,

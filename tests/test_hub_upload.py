@@ -14,7 +14,7 @@ from test_hub import CODE, WEIGHTS, assert_same_state, canvas, run_elsewhere, sm
 from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
 
 from vmd_hf.data.synthetic import synthetic_tokenizer
-from vmd_hf.hub import saved_with_code, upload_model
+from vmd_hf.hub import check_model, load_model, saved_with_code, upload_model
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 CARD = "---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n\n# A model\n"
@@ -43,11 +43,14 @@ def test_what_the_script_uploads_in_one_commit_works_without_the_package(hub, tm
     model, tokenizer = small_model(), synthetic_tokenizer()
     model.save_pretrained(tmp_path / "trained")
     tokenizer.save_pretrained(tmp_path / "trained")
+    (tmp_path / "trained" / "README.md").write_text(CARD)
+    (tmp_path / "trained" / "results.json").write_text("{}")
     (tmp_path / "exported").mkdir()
-    (tmp_path / "exported" / "README.md").write_text(CARD)
+    (tmp_path / "exported" / "README.md").write_text("# An older card\n")
     main([str(tmp_path / "trained"), str(tmp_path / "exported"), "--repo_id", "me/model"])
     assert len(hub.repositories["me/model"]) == 2  # empty, and with everything
-    assert set(hub.head("me/model")) == WEIGHTS | CODE | TOKENIZER | {"README.md"}
+    assert set(hub.head("me/model")) == WEIGHTS | CODE | TOKENIZER | {"README.md", "results.json"}
+    assert hub.head("me/model")["README.md"].decode() == CARD
 
     ids, latents = canvas(model)
     torch.save({"ids": ids, "latents": latents}, tmp_path / "inputs.pt")
@@ -75,7 +78,7 @@ def test_what_the_script_uploads_in_one_commit_works_without_the_package(hub, tm
         arguments = TrainingArguments("run", max_steps=3, report_to="none", save_strategy="no", use_cpu=True)
         trainer = Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
         trainer.train()
-        assert model.kl_warmup_progress == 7 + 3
+        assert model.latent_encoder.kl_warmup_progress == 7 + 3
         trainer.save_model("again")
         again = AutoModelForMaskedLM.from_pretrained("again", **remote)
         assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
@@ -148,6 +151,19 @@ def test_a_card_that_is_not_valid_is_found_before_anything_is_made(hub):
     with pytest.raises(ValueError, match="license"):
         upload_model(small_model(), "me/model", card="---\nlicense: unheard-of\n---\n\n# A model\n")
     assert not hub.repositories
+
+
+def test_a_model_of_the_hub_is_found_and_one_that_is_not_there_is_not(hub):
+    upload_model(small_model(), "me/model", synthetic_tokenizer(), CARD)
+    asked = len(hub.requests)
+    check_model("me/model")
+    with pytest.raises(ValueError, match="got 'me/other': no such folder, and no such model on the Hub"):
+        check_model("me/other")
+    assert len(hub.requests) == asked + 2
+    load_model("me/model", "cpu")
+    asked = len(hub.requests)
+    check_model("me/model")  # in the cache
+    assert len(hub.requests) == asked
 
 
 def test_loading_runs_no_code_of_a_repository_unless_it_is_trusted(hub, tmp_path):

@@ -7,19 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from make_card import FIELDS, METRICS, make_card, markdown
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 import vmd_hf  # noqa: F401, makes AutoModelForMaskedLM know the model
+from vmd_hf.cards import FIELDS, METRICS, make_card, markdown
 from vmd_hf.data.sudoku import generate_puzzles, parse_board, valid_boards
 
 CARDS = Path(__file__).parents[1] / "model_cards"
-
-
-@pytest.fixture
-def sudoku():
-    folder = CARDS / "vmd-sudoku"
-    return AutoModelForMaskedLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 FOLDERS = sorted(path for path in CARDS.iterdir() if path.is_dir())
@@ -52,12 +46,15 @@ def test_what_was_not_measured_is_an_empty_cell():
     assert markdown(("x", rows)).splitlines()[-1] == "| 1 | 0.25 |  |"
 
 
-def test_a_card_without_a_field_or_results_is_an_error(tmp_path):
-    (tmp_path / "card.yaml").write_text("title: x")
+def test_a_card_without_its_files_a_field_or_results_is_an_error(tmp_path):
+    files = {"card.yaml": "title: x", "results.json": "{}"}
+    for name, content in files.items():
+        with pytest.raises(ValueError, match=f"must hold card.yaml and results.json, got .* without {name}"):
+            make_card(tmp_path)
+        (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=r"card.yaml must have .*, got none of summary, usage"):
         make_card(tmp_path)
     (tmp_path / "card.yaml").write_text("\n".join(f"{name}: x" for name in FIELDS))
-    (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="must have results, got none"):
         make_card(tmp_path)
 
@@ -71,14 +68,6 @@ def test_the_synthetic_models_do_in_one_step_what_their_cards_say(name, least, m
     assert least <= right <= most
 
 
-def test_five_lines_solve_a_puzzle(sudoku):
-    model, tokenizer = sudoku
-    puzzle = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
-    board = tokenizer.decode(model.generate(**tokenizer(puzzle, return_tensors="pt"))[0])
-    assert valid_boards(parse_board(board)[None]).all()
-    assert all(clue in (".", cell) for clue, cell in zip(puzzle, board, strict=True))
-
-
 def test_a_latent_makes_the_cells_of_a_board_agree_that_are_filled_together():
     """In 20 passes from an empty board: 45.8 % valid with the latent; without, none of a thousand."""
     model = AutoModelForMaskedLM.from_pretrained(CARDS / "vmd-boards").eval()
@@ -89,9 +78,14 @@ def test_a_latent_makes_the_cells_of_a_board_agree_that_are_filled_together():
     assert sum(valid_boards(boards)) >= 15 and len(set(map(bytes, boards))) == 60
 
 
-def test_the_solver_solves_what_it_has_not_seen(sudoku):
-    model, tokenizer = sudoku
-    puzzles, _ = generate_puzzles(20, (31, 36), seed=123)
-    texts = ["".join(map(str, puzzle)) for puzzle in puzzles]
-    ids = model.generate(**tokenizer(texts, return_tensors="pt"))  # 20 steps: 99.6 % of such puzzles
-    assert sum(valid_boards([parse_board(text) for text in tokenizer.batch_decode(ids)])) >= 19
+def test_the_solver_solves_what_it_has_not_seen():
+    """Of puzzles with 31 to 36 clues 99.6 % in 20 steps."""
+    model = AutoModelForMaskedLM.from_pretrained(CARDS / "vmd-sudoku").eval()
+    tokenizer = AutoTokenizer.from_pretrained(CARDS / "vmd-sudoku")
+    puzzles, _ = generate_puzzles(10, (31, 36), seed=123)
+    texts = ["53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"]
+    texts += ["".join(map(str, puzzle)).replace("0", ".") for puzzle in puzzles]
+    boards = tokenizer.batch_decode(model.generate(**tokenizer(texts, return_tensors="pt")))
+    assert sum(valid_boards([parse_board(board) for board in boards])) >= 10
+    for text, board in zip(texts, boards, strict=True):
+        assert all(clue in (".", cell) for clue, cell in zip(text, board, strict=True))

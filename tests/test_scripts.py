@@ -1,9 +1,11 @@
 """The scripts, from end to end, on the smallest tasks."""
 
+import ast
 import json
 import shutil
 from pathlib import Path
 
+import benchmark
 import compare_text
 import datasets
 import evaluate_vmd
@@ -16,16 +18,25 @@ import sudoku_figures
 import torch
 import train_vmd
 import yaml
+from helpers import tiny_model
 from matplotlib.image import imread
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from vmd_hf import corpus_bound
+from vmd_hf import VMDForMaskedDiffusion, corpus_bound
 from vmd_hf.data.sudoku import format_boards, generate_puzzles, solve_puzzles
+from vmd_hf.data.synthetic import synthetic_tokenizer
 from vmd_hf.data.text import character_tokenizer, evenly_spaced, text_datasets
+from vmd_hf.evaluation.speed import matmul_peak
+from vmd_hf.evaluation.sudoku import fill_boards, puzzles_to_solve, puzzles_with_many_solutions
+from vmd_hf.evaluation.text import batches_of, evaluate_samples
+from vmd_hf.recipes import parse
+from vmd_hf.tokenization import task_tokenizer
 from vmd_hf.training import last_whole_checkpoint
+from vmd_hf.training_run import build_adapted_model, build_data, build_model, groups_of_positions
 
 SCRIPTS = Path(train_vmd.__file__).parent
+RECIPES = sorted((SCRIPTS / "recipes").glob("*.yaml"))
 
 SMALL = [
     "--hidden_size=16",
@@ -37,20 +48,50 @@ SMALL = [
 WORDS = "the quick brown fox jumps over the lazy dog and then it sleeps under a tree "
 
 
-@pytest.mark.parametrize("recipe", sorted(path.name for path in (SCRIPTS / "recipes").glob("*.yaml")))
-def test_every_recipe_is_read_and_its_arguments_win_over_defaults_and_lose_to_the_command_line(recipe):
-    path = SCRIPTS / "recipes" / recipe
+def test_no_script_imports_another():
+    """`live_view`, which two share, is none: it has no `main`."""
+    paths = [path for path in SCRIPTS.glob("*.py") if "def main(" in path.read_text()]
+    names = {path.stem for path in paths}
+    assert {"train_vmd", "evaluate_vmd", "benchmark"} <= names
+    for path in paths:
+        nodes = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        modules = {alias.name for node in nodes for alias in node.names} | {getattr(n, "module", "") for n in nodes}
+        assert not modules & names or path.stem == "measure_install"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_read_and_its_arguments_win_over_defaults_and_lose_to_the_command_line(path):
     written = yaml.safe_load(path.read_text())
-    _, data, training = train_vmd.parse([str(path), "--seed=7", "--report_to=none"])
-    assert data.task == written["task"]
-    assert training.learning_rate == written["learning_rate"] and training.max_steps == written["max_steps"]
-    assert written["seed"] != 7 == training.seed
+    model, data, training = parse([str(path), "--seed=7", "--report_to=none", "--norm_eps=0.5"])
+    for arguments in (model, data, training):
+        wrong = [name for name, value in written.items() if getattr(arguments, name, value) != value]
+        assert set(wrong) <= {"seed", "learning_rate_scheduler", "report_to"}
+    assert training.seed == 7 != written["seed"]
+    if "model_name_or_path" in written:
+        return
+    sizes = {"synthetic": 4, "sudoku": 81, "text": data.sequence_length}
+    for latent_size in (model.latent_size, 0):  # without one it is the baseline
+        model.latent_size = latent_size
+        groups = groups_of_positions(model, data, sizes[data.task])
+        config = build_model(model, task_tokenizer(data.task), sizes[data.task], 1000, groups).config
+        assert (config.latent_size, config.norm_eps) == (latent_size, 0.5)
+        assert (config.position_groups is None) != bool(groups)
 
 
-def test_a_name_in_a_recipe_that_is_no_argument_is_an_error(tmp_path):
+def test_what_a_recipe_sets_can_be_cleared(tmp_path):
+    recipe = str(SCRIPTS / "recipes" / "sotu_lora.yaml")
+    arguments = ["--where", "--lora_r", "none", "--model_name_or_path=None", "--report_to", "none"]
+    model, data, training = parse([recipe, *arguments, "--objective_steps", "1", "3"])
+    assert (data.where, model.lora_r, model.model_name_or_path, training.report_to) == ([], None, None, [])
+    assert model.objective_steps == [1, 3] and parse([recipe, "--where=a=b"])[1].where == ["a=b"]
+    for arguments in (["--objective_steps"], ["--hidden_size=none"], ["--lora_r=x"]):  # these cannot be empty
+        with pytest.raises(SystemExit):
+            parse(arguments)
     (tmp_path / "wrong.yaml").write_text("task: synthetic\nhiden_size: 3\n")
     with pytest.raises(ValueError, match="hiden_size"):
-        train_vmd.parse([str(tmp_path / "wrong.yaml")])
+        parse([str(tmp_path / "wrong.yaml")])
 
 
 @pytest.mark.parametrize(("recipe", "steps"), [("d1.yaml", (1, 2, 4)), ("d2_blocks.yaml", (1, 2))])
@@ -62,7 +103,7 @@ def test_the_quick_start_compares_saves_draws_and_loads(tmp_path, capsys, recipe
         (variant, step) for variant in ("mdm", "vmd") for step in steps
     }
     assert all(0 <= result["accuracy"] <= 1 and result["kl"] > 0 for result in results)
-    assert {result["sampler"] for result in results if result["variant"] == "mdm"} == {"no z, sampled"}
+    assert {result["sampler"] for result in results if result["variant"] == "mdm"} == {"no latent, sampled"}
     assert (tmp_path / "heat_maps.png").stat().st_size > 10_000
     output = capsys.readouterr().out
     assert "loaded from" in output and "paper" in output
@@ -87,7 +128,7 @@ def test_a_text_model_is_trained_resumed_evaluated_and_generates(tmp_path, capsy
         f"--source={tmp_path}",
         "--sequence_length=16",
         "--latent_size=2",
-        "--latent_position_inputs=true",
+        "--latent_input=layers_and_positions",
         "--per_device_train_batch_size=8",
         "--per_device_eval_batch_size=4",
         "--num_eval_rows=8",
@@ -190,7 +231,7 @@ def test_an_adapter_is_trained_on_one_author_resumed_and_evaluated_beside_its_ba
         assert after["high"] < before["low"]
         assert after["difference"] == pytest.approx(after["bits_per_token"] - before["bits_per_token"], rel=1e-6)
         assert after["difference_low"] < after["difference"] < after["difference_high"] < 0
-    arguments += ["--num_draws", "1", "2"]
+    arguments += ["--num_draws", "1", "2", "--overwrite"]
     evaluate_vmd.main([f"--model={adapter}", *arguments, f"--baseline={judge}"])
     beside = list(json.loads(Path(adapter, "results.json").read_text()).values())[1]
     assert [row["num_draws"] for row in beside] == [1, 1, 1, 2, 1, 2]  # without a latent there is nothing to draw
@@ -225,31 +266,135 @@ def test_the_adapter_of_the_recipe_has_less_than_a_twentieth_of_the_weights(tmp_
     tokenizer = character_tokenizer()
     for recipe in ("sotu", "sotu_latent"):
         arguments = [str(SCRIPTS / "recipes" / f"{recipe}.yaml"), "--report_to=none"]
-        args, data, _ = train_vmd.parse(
-            [*arguments, *([] if recipe == "sotu" else [f"--model_name_or_path={tmp_path}"])]
-        )
-        base = train_vmd.build_model(args, tokenizer, data.sequence_length, num_training_forwards=1000)
+        args, data, _ = parse([*arguments, *([] if recipe == "sotu" else [f"--model_name_or_path={tmp_path}"])])
+        base = build_model(args, tokenizer, data.sequence_length, num_training_forwards=1000)
         base.save_pretrained(tmp_path)
         assert base.generation_config.resample_latents == (recipe == "sotu_latent")
     assert base.config.kl_warmup_steps == 200 and base.config.block_size == 4
     arguments = [str(SCRIPTS / "recipes" / "sotu_lora.yaml"), f"--model_name_or_path={tmp_path}", "--report_to=none"]
-    args, data, _ = train_vmd.parse(arguments)
+    args, data, _ = parse(arguments)
     assert data.where == ["president=Roosevelt", "party=Democratic"]
-    model = train_vmd.build_adapted_model(args)
+    model = build_adapted_model(args)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert 0 < trained < 0.05 * base.num_parameters()
     ids = torch.arange(32)[None] % 26
     output = model.train()(input_ids=ids, labels=ids)
-    assert output.kl > 0.01  # the posterior tells much from the start
+    assert output.kl > 0.01  # the posterior encodes much from the start
     torch.testing.assert_close(output.loss, output.reconstruction_loss + output.kl)
 
 
-def test_an_adapter_of_no_model_is_an_error():
+def save_text_model(folder, alphabet, **settings):
+    """A model and its tokenizer, of characters that are not those of the text task."""
+    tokenizer = character_tokenizer(alphabet)
+    tokenizer.save_pretrained(folder)
+    settings = {"vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id} | settings
+    tiny_model(pad_token_id=tokenizer.pad_token_id, max_position_embeddings=8, **settings).save_pretrained(folder)
+    return tokenizer
+
+
+def test_a_given_model_is_trained_and_evaluated_on_the_tokens_of_its_own_tokenizer(tmp_path):
+    alphabet = "zyxwvutsrqponmlkjihgfedcba TL.5"
+    text = "The Lazy dog. It sleeps 55 times. " * 3
+    text = "".join(character for character in text if character in alphabet)
+    (tmp_path / "texts").mkdir()
+    for index in range(20):
+        (tmp_path / "texts" / f"{index}.txt").write_text(text)
+    tokenizer = save_text_model(tmp_path / "model", alphabet)
+    arguments = ["--task=text", f"--source={tmp_path / 'texts'}", "--sequence_length=8", "--num_eval_rows=4"]
+    train = [f"--model_name_or_path={tmp_path / 'model'}", f"--output_dir={tmp_path / 'trained'}", "--max_steps=1"]
+    train_vmd.main([*arguments, *train, "--save_strategy=no", *SMALL])
+    assert AutoTokenizer.from_pretrained(tmp_path / "trained").get_vocab() == tokenizer.get_vocab()
+    rows, _ = build_data(parse(arguments)[1], tokenizer)
+    assert "".join(tokenizer.batch_decode(rows[:13]["input_ids"]))[: len(text)] == text  # nothing is reduced
+    evaluate_vmd.main(
+        [f"--model={tmp_path / 'trained'}", *arguments[:2], "--num_eval_rows=4", "--num_texts=2", "--num_steps=1"]
+    )
+    _, _, (samples,) = json.loads((tmp_path / "trained" / "results.json").read_text()).values()
+    assert set(samples["sample"]) <= set(alphabet)
+
+
+def test_a_tokenizer_that_is_not_that_of_the_model_is_an_error(tmp_path):
+    tokenizer = save_text_model(tmp_path, "abc ")
+    train = [f"--model_name_or_path={tmp_path}", "--max_steps=1", f"--output_dir={tmp_path / 'out'}", *SMALL]
+    with pytest.raises(
+        ValueError, match=r"model of the task sudoku must have its vocabulary, .*got .*" + tmp_path.name
+    ):
+        train_vmd.main(["--task=sudoku", *train])
+    with pytest.raises(
+        ValueError, match=r"tokenizer must be the model's, which has 7 tokens .* 4, got one that has 12 and 10"
+    ):
+        evaluate_vmd.main([f"--model={tmp_path}"])
+    for index in range(20):
+        (tmp_path / f"{index}.txt").write_text("abc cab bac")
+    tiny_model(vocab_size=7, mask_token_id=5, pad_token_id=4, max_position_embeddings=8).save_pretrained(tmp_path)
+    assert tokenizer.mask_token_id == 4
+    text = ["--task=text", f"--source={tmp_path}"]
+    for script, arguments in ((train_vmd, [*train, "--sequence_length=8"]), (evaluate_vmd, [f"--model={tmp_path}"])):
+        with pytest.raises(ValueError, match="which has 7 tokens and the mask token 5, got one that has 7 and 4"):
+            script.main([*text, *arguments])
     with pytest.raises(ValueError, match=r"model_name_or_path must name the model .*got None"):
-        train_vmd.build_adapted_model(train_vmd.ModelArguments(lora_r=4))
+        train_vmd.main(["--lora_r=4", *train[1:]])
 
 
-def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_again(tmp_path, capsys):
+def test_results_are_joined_and_not_overwritten_without_a_word(tmp_path):
+    synthetic_tokenizer().save_pretrained(tmp_path)
+    tiny_model(max_position_embeddings=4).save_pretrained(tmp_path)
+    arguments = [f"--model={tmp_path}", "--num_samples=20", "--resample_latents=false"]
+    evaluate_vmd.main([*arguments, "--num_steps=1"])
+    evaluate_vmd.main([*arguments, "--num_steps=1", "--setting=d2"])
+    path = tmp_path / "results.json"
+    before = json.loads(path.read_text())
+    assert list(before) == ["d1, 20 samples", "d2, 20 samples"]
+    with pytest.raises(ValueError, match=r"output must not hold .*results.json with 'd1, 20 samples': .*--overwrite"):
+        evaluate_vmd.main([*arguments, "--num_steps=2"])
+    assert json.loads(path.read_text()) == before
+    evaluate_vmd.main([*arguments, "--num_steps=2", "--overwrite"])
+    after = json.loads(path.read_text())
+    assert list(after) == list(before) and after["d2, 20 samples"] == before["d2, 20 samples"]
+    assert [row["num_steps"] for row in after["d1, 20 samples"]] == [2, 2]
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="output must be a file of tables"):
+        evaluate_vmd.main(arguments)
+
+
+def test_what_a_model_reads_is_on_its_device(tmp_path, monkeypatch):
+    """`meta` computes nothing, so `generate` is replaced by one that looks at where the masks are."""
+    seen = []
+
+    def generate(self, input_ids, **settings):
+        seen.append((self.device.type, input_ids.device.type))
+        return torch.zeros(input_ids.shape, dtype=torch.long)
+
+    monkeypatch.setattr(VMDForMaskedDiffusion, "generate", generate)
+    vmd_d1 = SCRIPTS.parent / "model_cards" / "vmd-d1"
+    output = [f"--output={tmp_path / 'results.json'}", "--device=meta", "--num_steps=1"]
+    evaluate_vmd.main([f"--model={vmd_d1}", "--num_samples=10", *output])
+    quick_start.show_reloaded(str(vmd_d1), torch.device("meta"))
+    tokenizer = character_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer), mask_token_id=27, pad_token_id=28).to("meta")
+    evaluate_samples(model, tokenizer, 16, [], [1], 2)
+    boards = fill_boards(model, torch.zeros(2, 81, dtype=torch.long), num_steps=1, remasking="random")
+    assert boards.device.type == "cpu"
+    rows = datasets.Dataset.from_dict({"input_ids": [[0, 1]]})
+    assert batches_of(rows, 1, model.device)[0].device.type == "meta"
+    assert len(seen) == 5 and set(seen) == {("meta", "meta")}
+
+
+def test_the_benchmark_compares_models_on_a_device(monkeypatch, capsys):
+    small = benchmark.build
+    monkeypatch.setattr(benchmark, "build", lambda *args, **kwargs: small(*args, **kwargs, layers=1, hidden_size=64))
+    cpu = torch.device("cpu")
+    assert 1e6 < matmul_peak(cpu, size=64, repeats=2) < 1e15
+    monkeypatch.setattr(benchmark, "matmul_peak", lambda device: 1e12)
+    table = benchmark.Comparison(repeats=1, device=cpu)
+    benchmark.whole_sequences(table)
+    assert [row["wanted"] for row in table.rows] == ["<= 1.25", "<= 1.05"]
+    assert all(row["ratio"] == row["second"] / row["first"] > 0 for row in table.rows)
+    assert "% of the measured peak" in capsys.readouterr().out
+
+
+def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_text, "matmul_peak", lambda *args, **kwargs: 1e12)  # takes long to measure
     for index in range(12):
         (tmp_path / f"{index}.txt").write_text(WORDS * (10 + index))
     rows = ["autoregressive", "mdm", "block-4", "vmd-8"]
@@ -267,11 +412,11 @@ def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_aga
     steps = [sorted({bound["num_steps"] for bound in result["bounds"]}) for result in results]
     assert steps == [[1], [1, 2, 4, 8, 16], [1, 2, 4], [1, 2, 4, 8]]
     lines = compare_text.lines_of(results)
-    passes = {line["row"]: line["passes a character"] for line in lines}
+    passes = {line["row"]: line["NFE a character"] for line in lines}
     assert passes == {"autoregressive": 1, "mdm": 1, "block-4": 1, "vmd-8": 1}
-    passes = {line["steps a block"]: line["passes a character"] for line in lines if line["row"] == "vmd-8"}
+    passes = {line["steps a block"]: line["NFE a character"] for line in lines if line["row"] == "vmd-8"}
     assert passes == {1: 2 / 8, 2: 3 / 8, 4: 4 / 8, 8: 1}  # one more for the prior, where steps have a latent
-    draws = [(line["steps a block"], line["draws"]) for line in lines if line["row"] == "vmd-8"]
+    draws = [(line["steps a block"], line["importance samples"]) for line in lines if line["row"] == "vmd-8"]
     assert draws == [(1, 1), (1, 16), (2, 1), (2, 16), (4, 1), (8, 1)]  # once, where steps have none
     assert set(results[2]["samples"]) == {"1", "2", "4"} and all(results[2]["samples"].values())
     assert imread(tmp_path / "out" / "frontier.png").shape[1] == 880
@@ -300,34 +445,26 @@ def test_a_model_of_whole_boards_completes_clues_that_leave_many_solutions(tmp_p
     arguments = ["--num_train_rows=8", "--num_eval_rows=4", "--save_steps=2", "--eval_steps=2", "--max_steps=2"]
     train_vmd.main([recipe, *arguments, f"--output_dir={tmp_path}", *SMALL])
     config = AutoModelForMaskedLM.from_pretrained(tmp_path).config
-    assert config.latent_per_position and config.latent_size == 4 * 81
+    assert config.latent_input == "position_slices" and config.latent_size == 4 * 81
     arguments = ["--num_puzzles=20", "--num_clues", "0", "24", "--num_steps", "1", "3", "--remasking", "random"]
     evaluate_vmd.main([f"--model={tmp_path}", "--task=boards", *arguments])
     (results,) = json.loads((tmp_path / "results.json").read_text()).values()
     assert [(row["clues"], row["num_steps"], row["sampler"]) for row in results] == [
-        (clues, steps, f"{sampler} z {per}, sampled")
+        (clues, steps, f"{sampler} latent, sampled")
         for clues in (0, 24)
         for steps in (1, 3)
-        for sampler, per in (("one", "kept"), ("fresh", "per step"))
+        for sampler in ("shared", "per-step")
     ]
     for row in results:  # two updates teach nothing, and clues are what is right
         assert row["puzzles"] == row["distinct"] == 20 and row["solved"] == 0 and 0 <= row["valid_units"] < 0.5
-    evaluate_vmd.main([f"--model={tmp_path}", "--task=boards", *arguments, "--resample_latents=true"])
+    evaluate_vmd.main([f"--model={tmp_path}", "--task=boards", *arguments, "--resample_latents=true", "--overwrite"])
     (fresh,) = json.loads((tmp_path / "results.json").read_text()).values()
     assert fresh == results[1::2]
 
 
-def test_the_baseline_of_whole_boards_is_the_recipe_without_a_latent(tmp_path):
-    recipe = str(SCRIPTS / "recipes" / "boards.yaml")
-    arguments = ["--num_train_rows=8", "--num_eval_rows=4", "--save_strategy=no", "--eval_strategy=no"]
-    train_vmd.main([recipe, *arguments, "--latent_size=0", "--max_steps=1", f"--output_dir={tmp_path}", *SMALL])
-    config = AutoModelForMaskedLM.from_pretrained(tmp_path).config
-    assert config.latent_size == 0 and not config.latent_per_position
-
-
 @pytest.mark.parametrize("num_clues", [0, 16, 24])
 def test_clues_that_leave_many_solutions(num_clues):
-    puzzles = evaluate_vmd.puzzles_with_many_solutions(20, num_clues, seed=0)
+    puzzles = puzzles_with_many_solutions(20, num_clues, seed=0)
     assert puzzles.shape == (20, 81) and ((puzzles > 0).sum(1) == num_clues).all()
     assert (solve_puzzles(puzzles, limit=100)[0] == 100).all()
     assert len(np.unique(puzzles, axis=0)) == (20 if num_clues else 1)
@@ -338,8 +475,7 @@ def test_puzzles_of_a_file_are_taken_evenly(tmp_path):
     lines = [",".join(pair) for pair in zip(format_boards(puzzles), format_boards(solutions), strict=True)]
     (tmp_path / "puzzles.csv").write_text("\n".join(["puzzle,solution", *lines]) + "\n")
     for count, rows in ((5, [0, 2, 4, 6, 8]), (4, [0, 2, 5, 7]), (99, list(range(10)))):
-        arguments = evaluate_vmd.EvaluationArguments(puzzles=str(tmp_path / "puzzles.csv"), num_puzzles=count)
-        table = evaluate_vmd.puzzles_to_solve(arguments)
+        table = puzzles_to_solve(tmp_path / "puzzles.csv", count)
         assert np.array_equal(table.puzzles, puzzles[rows]) and np.array_equal(table.solutions, solutions[rows])
 
 
@@ -372,7 +508,7 @@ def test_a_sudoku_model_is_trained_evaluated_drawn_and_draws_its_board(tmp_path,
     evaluate_vmd.main([f"--model={solver}", "--task=sudoku", *attempts, f"--output={tmp_path / 'attempts.json'}"])
     results, _ = json.loads((tmp_path / "attempts.json").read_text()).values()
     expected = [(1, 2.0), (2, 4.0), (4, 8.0)]  # nothing is solved, so each attempt takes its two passes
-    assert [(row["num_attempts"], row["passes"]) for row in results] == expected
+    assert [(row["num_attempts"], row["nfe"]) for row in results] == expected
 
     puzzle = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
     sudoku_figures.main([f"--model={solver}", "--num_steps=2", f"--puzzle={puzzle}"])

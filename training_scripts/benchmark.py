@@ -6,7 +6,7 @@ What a latent costs over an MDM of the same size in a training step and in gener
 blocks; what logits at masked positions only save over logits everywhere, at a vocabulary of 50,000; what the cache
 saves in generation, and two streams in training, over one pass of twice the length; and how much of the machine's
 measured matrix-multiplication peak a training step uses. The two sides of a ratio are timed in turns, and the median
-of each is taken.
+of each is taken. All of it runs on `--device`, by default the accelerator if there is one.
 """
 
 import argparse
@@ -18,11 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from evaluate_vmd import print_table
 from torch.nn import functional as F
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion
 from vmd_hf.blocks_vmd import CleanContext
+from vmd_hf.evaluation.speed import matmul_peak, synchronize
+from vmd_hf.evaluation.tables import print_table
+from vmd_hf.hub import default_device
 
 MASK = 1
 
@@ -33,6 +35,7 @@ def build(
     layers: int = 8,
     hidden_size: int = 256,
     block_size: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> VMDForMaskedDiffusion:
     torch.manual_seed(0)
     config = VMDConfig(
@@ -46,7 +49,7 @@ def build(
         max_position_embeddings=2048,
         mask_token_id=MASK,
     )
-    return VMDForMaskedDiffusion(config)
+    return VMDForMaskedDiffusion(config).to(device)
 
 
 def training_step(model: VMDForMaskedDiffusion, input_ids: torch.Tensor) -> None:
@@ -56,7 +59,7 @@ def training_step(model: VMDForMaskedDiffusion, input_ids: torch.Tensor) -> None
 
 def dense_training_step(model: VMDForMaskedDiffusion, input_ids: torch.Tensor) -> None:
     """The same step with logits at every position, as most code has it."""
-    masked = torch.rand(input_ids.shape) < 0.5
+    masked = torch.rand(input_ids.shape, device=input_ids.device) < 0.5
     logits = model(input_ids=input_ids.masked_fill(masked, MASK)).logits
     F.cross_entropy(logits.flatten(0, 1), input_ids.masked_fill(~masked, -100).flatten()).backward()
     model.zero_grad()
@@ -65,7 +68,7 @@ def dense_training_step(model: VMDForMaskedDiffusion, input_ids: torch.Tensor) -
 def one_pass_training_step(model: VMDForMaskedDiffusion, input_ids: torch.Tensor) -> None:
     """A step of block diffusion as most code has it: clean and noisy tokens in one pass under a mask of 2L x 2L."""
     layout = model.model.lay_out(input_ids)
-    masked = torch.rand(input_ids.shape) < 0.5
+    masked = torch.rand(input_ids.shape, device=input_ids.device) < 0.5
     context = CleanContext(input_ids=input_ids, position_ids=layout.position_ids, new=layout.places(clean=True))
     outputs = model.model(input_ids.masked_fill(masked, MASK), layout=layout, context=context)
     logits = model.compute_logits(outputs.last_hidden_state[masked])
@@ -73,32 +76,38 @@ def one_pass_training_step(model: VMDForMaskedDiffusion, input_ids: torch.Tensor
     model.zero_grad()
 
 
-def alternate(first: Callable[[], None], second: Callable[[], None], repeats: int) -> tuple[float, float]:
+def alternate(
+    first: Callable[[], None], second: Callable[[], None], repeats: int, device: torch.device
+) -> tuple[float, float]:
     """Median seconds of each, timed in turns so that both meet the same machine; one untimed call of each first."""
     times: tuple[list[float], list[float]] = ([], [])
     for repeat in range(repeats + 1):
         for call, record in zip((first, second), times, strict=True):
             start = time.perf_counter()
             call()
+            synchronize(device)
             if repeat:
                 record.append(time.perf_counter() - start)
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def resident_peak() -> float:
-    """MiB that this process has had in memory at most (Linux; getrusage would count what its parent had, too)."""
+def peak(device: torch.device) -> float:
+    """MiB that this process has had at most in the memory of the device (of a CPU on Linux; getrusage would count what
+    its parent had, too)."""
+    if device.type != "cpu":
+        return torch.get_device_module(device).max_memory_allocated(device) / 2**20
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
 
 def _peak_memory(step: Callable, settings: dict, shape: tuple[int, int], connection) -> None:
     model = build(0, **settings)
-    input_ids = torch.randint(2, model.config.vocab_size, shape)
-    before = resident_peak()
+    input_ids = torch.randint(2, model.config.vocab_size, shape, device=model.device)
+    before = peak(model.device)
     torch.manual_seed(0)
     for _ in range(2):
         step(model.train(), input_ids)
-    connection.send(resident_peak() - before)
+    connection.send(peak(model.device) - before)
 
 
 def peak_memory(step: Callable, settings: dict, shape: tuple[int, int]) -> float:
@@ -120,29 +129,22 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def matmul_peak(size: int = 2048, repeats: int = 10, dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of a square matrix product, the best of several."""
-    a, b = torch.randn(2, size, size, dtype=dtype)
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
-
-
 class Comparison:
     """Pairs timed in turns, and their table."""
 
-    def __init__(self, repeats: int):
+    def __init__(self, repeats: int, device: torch.device):
         self.repeats = repeats
+        self.device = device
         self.rows: list[dict] = []
 
     def add(self, what: str, first: float, second: float, wanted: str = "") -> None:
         self.rows.append({"what": what, "first": first, "second": second, "ratio": second / first, "wanted": wanted})
 
+    def seconds(self, first: Callable[[], None], second: Callable[[], None]) -> tuple[float, float]:
+        return alternate(first, second, self.repeats, self.device)
+
     def time(self, what: str, first: Callable[[], None], second: Callable[[], None], wanted: str = "") -> float:
-        seconds = alternate(first, second, self.repeats)
+        seconds = self.seconds(first, second)
         self.add(what, *seconds, wanted)
         return seconds[0]
 
@@ -168,16 +170,17 @@ def compare_steps(
     table: Comparison, what: str, steps: tuple[Callable, Callable], settings: dict, shape: tuple[int, int]
 ) -> None:
     """Time and peak memory of two kinds of training step of one MDM."""
+    settings = {**settings, "device": table.device}
     model = build(0, **settings).train()
-    input_ids = torch.randint(2, model.config.vocab_size, shape)
+    input_ids = torch.randint(2, model.config.vocab_size, shape, device=table.device)
     first, second = steps
     table.time(what, lambda: first(model, input_ids), lambda: second(model, input_ids))
     table.add("its peak memory over the model, MiB", *(peak_memory(step, settings, shape) for step in steps))
 
 
 def whole_sequences(table: Comparison) -> None:
-    mdm, vmd = build(0), build(64)
-    input_ids = torch.randint(2, 1000, (8, 128))
+    mdm, vmd = build(0, device=table.device), build(64, device=table.device)
+    input_ids = torch.randint(2, 1000, (8, 128), device=table.device)
     masks = torch.full_like(input_ids, MASK)
     seconds = compare_models(table, "training step (8 x 128), s: MDM, VMD", mdm, vmd, input_ids, "<= 1.25")
     table.time(
@@ -188,9 +191,8 @@ def whole_sequences(table: Comparison) -> None:
     )
     parameters = sum(p.numel() for name, p in mdm.named_parameters() if "embed" not in name and "lm_head" not in name)
     achieved = 6 * parameters * input_ids.numel() / seconds
-    print(
-        f"MDM training step: {achieved / 1e9:.0f} GFLOP/s, {100 * achieved / matmul_peak():.0f} % of the measured peak"
-    )
+    share = achieved / matmul_peak(table.device)
+    print(f"MDM training step: {achieved / 1e9:.0f} GFLOP/s, {100 * share:.0f} % of the measured peak")
 
 
 def vocabulary(table: Comparison) -> None:
@@ -209,9 +211,9 @@ def attention_of_a_block(model: VMDForMaskedDiffusion, masks: torch.Tensor, num_
     config = model.config
     heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     batch_size, context = len(masks), masks.shape[1] // 2
-    own = torch.ones(batch_size, heads, 16, size)
-    cache = torch.ones(config.num_hidden_layers, 2, batch_size, heads, context, size)
-    visible = torch.ones(batch_size, 1, 16, context + 16, dtype=torch.bool)
+    own = masks.new_ones(batch_size, heads, 16, size, dtype=torch.float32)
+    cache = own.new_ones(config.num_hidden_layers, 2, batch_size, heads, context, size)
+    visible = own.new_ones(batch_size, 1, 16, context + 16, dtype=torch.bool)
 
     def attention() -> None:
         for _ in range(num_steps):
@@ -223,11 +225,11 @@ def attention_of_a_block(model: VMDForMaskedDiffusion, masks: torch.Tensor, num_
 
 
 def blocks(table: Comparison) -> None:
-    mdm, vmd = build(0, block_size=16), build(64, block_size=16)
-    input_ids = torch.randint(2, 1000, (8, 128))
+    mdm, vmd = (build(latent_size, block_size=16, device=table.device) for latent_size in (0, 64))
+    input_ids = torch.randint(2, 1000, (8, 128), device=table.device)
     compare_models(table, "blocks of 16: training step (8 x 128), s: MDM, VMD", mdm, vmd, input_ids, "<= 1.2")
     for batch_size in (1, 8):
-        masks = torch.full((batch_size, 512), MASK)
+        masks = torch.full((batch_size, 512), MASK, device=table.device)
         table.time(
             f"blocks of 16, batch {batch_size}: generation of 512 tokens, 4 steps a block, s: MDM, VMD",
             lambda: mdm.generate(masks, num_steps=4),  # noqa: B023
@@ -241,11 +243,10 @@ def blocks(table: Comparison) -> None:
             ">= 3",
         )
         few, many = (masks[:, : 16 * num_blocks] for num_blocks in (8, 32))
-        attention = alternate(attention_of_a_block(vmd, few), attention_of_a_block(vmd, many), table.repeats)
-        whole = alternate(
+        attention = table.seconds(attention_of_a_block(vmd, few), attention_of_a_block(vmd, many))
+        whole = table.seconds(
             lambda: vmd.generate(few, num_steps=4),  # noqa: B023
             lambda: vmd.generate(many, num_steps=4),  # noqa: B023
-            table.repeats,
         )
         rest = (whole[0] / 8 - attention[0], whole[1] / 32 - attention[1])
         table.add(f"blocks of 16, batch {batch_size}: a block without its attention, s: of 8, of 32", *rest, "1")
@@ -265,12 +266,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", type=torch.device, default=default_device())
     options = parser.parse_args()
     keep_freed_memory()
-    table = Comparison(options.repeats)
+    table = Comparison(options.repeats, options.device)
     for subject in options.subjects:
         SUBJECTS[subject](table)
-    print_table(f"medians of {options.repeats}, {torch.get_num_threads()} threads; ratio = second / first", table.rows)
+    where = f"{torch.get_num_threads()} threads" if options.device.type == "cpu" else str(options.device)
+    print_table(f"medians of {options.repeats}, {where}; ratio = second / first", table.rows)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@
     python training_scripts/compare_text.py --rows block-4 vmd-4 --seeds 0 1 2
 
 All models have the same size (a VMD also has its latent path), the same data in the same order and about the same
-training time: the numbers of updates were chosen for that, and the time that a row took is reported. Each stage
-reads the rows from the start. The bounds are those of `vmd_hf.corpus_bound` (`per_step`) on the test split, for
-samplers of 1, 2, 4 and 8 steps a block, of 32 for whole rows, and of one token a step. Prints a table, writes
-`results.json`, and draws bits a character over forward passes a character, of all rows in the output folder. A row
-or a stage that is there already is not trained again, and one that was interrupted goes on from its last checkpoint;
-so a folder is of one recipe and of the same arguments. All other arguments are those of train_vmd.py, and change every
-row.
+training time: the numbers of updates were chosen for that, and the time that a row took is reported. Each stage reads
+the rows from the start. The bounds are those of `vmd_hf.corpus_bound` (`per_step`) on the test split, for samplers of
+1, 2, 4 and 8 steps a block, of 32 for whole rows, and of one token a step. Prints a table, writes `results.json`, and
+draws bits a character over function evaluations (NFE) a character, of all rows in the output folder. A row or a stage
+that is there already is not trained again, and one that was interrupted goes on from its last checkpoint; so a folder
+is of one recipe and of the same arguments. All other arguments are those of train_vmd.py, and change every row. Models
+are trained and evaluated on the accelerator if there is one; `--device cpu` leaves it alone.
 """
 
 import argparse
@@ -24,24 +24,17 @@ from typing import Any
 import matplotlib
 import torch
 import yaml
-from benchmark import matmul_peak
-from evaluate_vmd import (
-    EvaluationArguments,
-    batches_of,
-    draw_samples,
-    evaluate_bounds,
-    evaluate_objective,
-    largest_step,
-    print_table,
-    write_json,
-)
-from torch.utils.flop_counter import FlopCounterMode
-from train_vmd import DataArguments, ModelArguments, parse, train
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from vmd_hf import VMDForMaskedDiffusion
 from vmd_hf.data.text import text_datasets
+from vmd_hf.evaluation.sampling import draw_samples
+from vmd_hf.evaluation.speed import flops_of_update, matmul_peak
+from vmd_hf.evaluation.tables import print_table, write_json
+from vmd_hf.evaluation.text import batches_of, evaluate_bounds, evaluate_objective, largest_step
+from vmd_hf.hub import default_device, load_model, load_tokenizer
+from vmd_hf.recipes import DataArguments, ModelArguments, parse
 from vmd_hf.training import last_whole_checkpoint
+from vmd_hf.training_run import train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -50,7 +43,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def settings_of(recipe: str, *names: str) -> dict[str, Any]:
-    """What a recipe says of these arguments."""
+    """These arguments of a recipe."""
     settings = yaml.safe_load((RECIPES / recipe).read_text())
     return {name: settings[name] for name in names}
 
@@ -59,11 +52,11 @@ def settings_of(recipe: str, *names: str) -> dict[str, Any]:
 # latent, 3 of 5 with one).
 PER_STEP = settings_of("sotu.yaml", "objective", "objective_steps")
 PER_STEP_OF_8 = PER_STEP | {"objective_steps": [1, 1, 1, 1, 2, 2, 4, 8]}
-# The second stage of a VMD with blocks: what the context tells is learned before what z tells.
+# The second stage of a VMD with blocks: it learns to use the context before it gets a latent.
 WITH_LATENT = settings_of(
     "sotu_latent.yaml",
     "latent_size",
-    "latent_position_inputs",
+    "latent_input",
     "prior",
     "objective",
     "objective_steps",
@@ -92,7 +85,14 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 
 
 def run_row(
-    row: str, seed: int, recipe: str, changes: list[str], output_dir: Path, num_eval_rows: int, split: str
+    row: str,
+    seed: int,
+    recipe: str,
+    changes: list[str],
+    output_dir: Path,
+    num_eval_rows: int,
+    split: str,
+    device: torch.device,
 ) -> None:
     """Trains and evaluates one model, unless its results are there."""
     path = output_dir / f"{row}-{seed}" / "row.json"
@@ -100,7 +100,7 @@ def run_row(
         return
     stages, stage_folder = [], None
     for number, stage in enumerate(ROWS[row]):
-        settings = ["--latent_size", "0"]
+        settings = ["--latent_size", "0"] + (["--use_cpu=true"] if device.type == "cpu" else [])
         for name, value in stage.items():
             settings += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         if stage_folder:
@@ -108,8 +108,8 @@ def run_row(
         stage_folder = output_dir / f"{first_row_that_begins_as(row, number)}-{seed}" / f"stage-{number}"
         arguments = parse([recipe, *settings, *changes, f"--seed={seed}", f"--output_dir={stage_folder}"])
         stages.append(train_stage(arguments, stage_folder / "training.json"))
-    model = VMDForMaskedDiffusion.from_pretrained(stage_folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(stage_folder)
+    model = load_model(stage_folder, device)
+    tokenizer = load_tokenizer(stage_folder)
     result = {
         "row": row,
         "seed": seed,
@@ -144,7 +144,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def train_stage(arguments: tuple[ModelArguments, DataArguments, TrainingArguments], path: Path) -> dict[str, Any]:
-    """Trains, unless that is done, and says how long it takes (whatever part was done before a stop) and how fast it
+    """Trains, unless that is done; returns how long it takes (whatever part was done before a stop) and how fast it
     is beside a matrix product in the same type."""
     if path.exists():
         return json.loads(path.read_text())
@@ -160,7 +160,7 @@ def train_stage(arguments: tuple[ModelArguments, DataArguments, TrainingArgument
     updates = trainer.state.global_step
     per_update = seconds / max(updates - first, 1)
     shape = training_args.per_device_train_batch_size, data_args.sequence_length
-    peak = matmul_peak(dtype=torch.bfloat16 if training_args.bf16 else torch.float32)
+    peak = matmul_peak(trainer.model.device, dtype=torch.bfloat16 if training_args.bf16 else torch.float32)
     result = {
         "updates": updates,
         "seconds": updates * per_update,
@@ -169,16 +169,6 @@ def train_stage(arguments: tuple[ModelArguments, DataArguments, TrainingArgument
     }
     write_json(path, result)
     return result
-
-
-def flops_of_update(model: PreTrainedModel, shape: tuple[int, int]) -> int:
-    """Of the matrix products of a forward and a backward pass."""
-    input_ids = torch.zeros(shape, dtype=torch.long, device=model.device)
-    model.train()
-    with FlopCounterMode(display=False) as counter:
-        model(input_ids=input_ids, labels=input_ids).loss.backward()
-    model.zero_grad()
-    return counter.get_total_flops()
 
 
 def evaluate_row(
@@ -196,8 +186,8 @@ def evaluate_row(
     batches = batches_of(rows, num_eval_rows, model.device)
     num_steps = sorted({number for number in (1, 2, 4, 8, 32) if number < width} | {width})
     few, many = ([number for number in num_steps if (number > 8) == is_many] for is_many in (False, True))
-    evaluations = [EvaluationArguments(num_steps=few, num_draws=[1, 16])]
-    evaluations += [EvaluationArguments(num_steps=many)] if many else []
+    bounds = evaluate_bounds(model, batches, few, num_draws=[1, 16])
+    bounds += evaluate_bounds(model, batches, many) if many else []
     samples = {
         str(number): tokenizer.decode(draw_samples(model, length, 1, 0, do_sample=True, num_steps=number)[0])
         for number in num_steps
@@ -207,7 +197,7 @@ def evaluate_row(
         "length": length,
         "latent_min_tokens": model.config.latent_min_tokens if model.config.prior == "learned" else None,
         "objective": evaluate_objective(model, batches),
-        "bounds": [bound for evaluation in evaluations for bound in evaluate_bounds(model, batches, evaluation)],
+        "bounds": bounds,
         "samples": samples,
     }
 
@@ -220,8 +210,8 @@ def lines_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "seed": result["seed"],
             "bound": bound["bound"],
             "steps a block": bound["num_steps"],
-            "passes a character": passes_per_character(result, bound),
-            "draws": bound["num_draws"],
+            "NFE a character": nfe_per_character(result, bound),
+            "importance samples": bound["num_draws"],
             "bits a character": bound["bits_per_token"],
             "low": bound["low"],
             "high": bound["high"],
@@ -233,14 +223,14 @@ def lines_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def passes_per_character(result: dict[str, Any], bound: dict[str, Any]) -> float:
+def nfe_per_character(result: dict[str, Any], bound: dict[str, Any]) -> float:
     """A learned prior takes one more for a block, where a step reveals enough tokens for a latent."""
     fewest, width, num_steps = result["latent_min_tokens"], result["width"], bound["num_steps"]
     return (num_steps + (fewest is not None and largest_step(width, num_steps) >= fewest)) / width
 
 
 def draw_frontier(results: list[dict[str, Any]], path: Path) -> None:
-    """Bits a character over forward passes a character, a line for each row and seed (the lowest of its bounds)."""
+    """Bits a character over NFE a character, a line for each row and seed (the lowest of its bounds)."""
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     colours = {row: f"C{number}" for number, row in enumerate(ROWS)}
     labelled = set()
@@ -248,13 +238,13 @@ def draw_frontier(results: list[dict[str, Any]], path: Path) -> None:
         lowest: dict[float, tuple[float, float]] = {}
         for bound in sorted(result["bounds"], key=lambda bound: -bound["bits_per_token"]):
             error = bound["high"] - bound["bits_per_token"]
-            lowest[passes_per_character(result, bound)] = (bound["bits_per_token"], error)
-        passes = sorted(lowest)
-        bits, errors = zip(*(lowest[x] for x in passes), strict=True)
+            lowest[nfe_per_character(result, bound)] = (bound["bits_per_token"], error)
+        evaluations = sorted(lowest)
+        bits, errors = zip(*(lowest[x] for x in evaluations), strict=True)
         label = None if result["row"] in labelled else result["row"]
         labelled.add(result["row"])
-        axis.errorbar(passes, bits, errors, marker="o", capsize=3, color=colours[result["row"]], label=label)
-    axis.set(xscale="log", xlabel="forward passes a character", ylabel="bits a character (upper bound, 95 % interval)")
+        axis.errorbar(evaluations, bits, errors, marker="o", capsize=3, color=colours[result["row"]], label=label)
+    axis.set(xscale="log", xlabel="NFE a character", ylabel="bits a character (upper bound, 95 % interval)")
     axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -273,6 +263,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--num_eval_rows", type=int, default=300, help="Rows, taken evenly from the split.")
     parser.add_argument("--eval_split", choices=["validation", "test"], default="test", help="validation: to tune on.")
     parser.add_argument("--output_dir", default="outputs/text_comparison")
+    parser.add_argument("--device", type=torch.device, default=default_device())
     options, changes = parser.parse_known_args(argv)
     is_named = changes and changes[0].endswith(".yaml")
     recipe = changes.pop(0) if is_named else str(RECIPES / "text_comparison.yaml")
@@ -281,7 +272,7 @@ def main(argv: list[str]) -> None:
     claim(output_dir, settings | {"num_eval_rows": options.num_eval_rows, "eval_split": options.eval_split})
     for seed in options.seeds:
         for row in options.rows:
-            run_row(row, seed, recipe, changes, output_dir, options.num_eval_rows, options.eval_split)
+            run_row(row, seed, recipe, changes, output_dir, options.num_eval_rows, options.eval_split, options.device)
     results = results_in(output_dir)
     print_table("Upper bounds on the bits a character, with their 95 % interval", lines_of(results))
     names = ("row", "seed", "parameters")

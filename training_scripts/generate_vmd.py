@@ -12,14 +12,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-import torch
-from live_view import LiveView
-from rich.console import Console
-from rich.text import Text
-from transformers import AutoModelForMaskedLM, HfArgumentParser, PreTrainedTokenizerBase
-
-import vmd_hf  # noqa: F401, makes AutoModelForMaskedLM know the model
-from vmd_hf.hub import load_tokenizer
+from transformers import HfArgumentParser
 
 
 @dataclass
@@ -29,12 +22,12 @@ class GenerationArguments:
     max_new_tokens: int | None = field(default=None, metadata={"help": "Tokens to append to the prompt."})
     num_steps: int | None = field(default=None, metadata={"help": "Forward passes, with blocks for each block."})
     remasking: Literal["random", "top_prob", "top_prob_margin", "entropy"] | None = None
-    do_sample: bool | None = field(default=None, metadata={"help": "Draw tokens instead of taking the likeliest."})
+    do_sample: bool | None = field(default=None, metadata={"help": "Draw tokens instead of taking the most probable."})
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     confidence_threshold: float | None = None
-    resample_latents: bool | None = field(default=None, metadata={"help": "A fresh z for each step."})
+    resample_latents: bool | None = field(default=None, metadata={"help": "A latent for each step, not a shared one."})
     latent_scale: float | None = None
     corrector: Literal["cap", "rescale", "confidence"] | None = None
     corrector_strength: float | None = None
@@ -49,57 +42,41 @@ class ScriptArguments:
 
     model: str = field(metadata={"help": "Folder or Hub id of the model."})
     prompt: str = field(default="", metadata={"help": "Text to go on from; mask tokens in it are gaps to fill."})
+    device: str | None = field(default=None, metadata={"help": "Default: the accelerator if there is one, else cpu."})
     seed: int = 0
     watch: bool = field(default=False, metadata={"help": "Show the text after every step."})
     seconds_per_step: float = field(default=0.1, metadata={"help": "Pause after each step while watching."})
     trust_remote_code: bool = False
 
 
-class Watcher(LiveView):
-    """A streamer that shows one sequence as it is denoised: masks as dots, new tokens bold."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console, seconds_per_step: float):
-        super().__init__(console, seconds_per_step)
-        self.tokenizer = tokenizer
-        self.before: torch.Tensor | None = None
-        self.step = 0
-
-    def render(self, ids: torch.Tensor) -> Text:
-        text = Text()
-        before = torch.full_like(ids, -1) if self.before is None else self.before
-        for token, old in zip(ids.tolist(), before.tolist(), strict=True):
-            if token == self.tokenizer.mask_token_id:
-                text.append("·", style="dim")
-            elif token != self.tokenizer.pad_token_id:
-                text.append(self.tokenizer.decode([token]), style="bold green" if token != old else "")
-        self.before = ids
-        return text
-
-    def print_plain(self, text: Text) -> None:
-        self.step += 1
-        self.console.print(f"{self.step:4d} ", text, sep="", soft_wrap=True, highlight=False)
-
-
 def main(argv: list[str]) -> None:
     args, settings = HfArgumentParser((ScriptArguments, GenerationArguments)).parse_args_into_dataclasses(args=argv)
-    model = AutoModelForMaskedLM.from_pretrained(args.model, trust_remote_code=args.trust_remote_code).eval()
+
+    import torch  # what follows takes seconds to import, which --help need not wait for
+    from rich.console import Console
+
+    from vmd_hf.hub import check_tokenizer, encode_text, load_model, load_tokenizer
+    from vmd_hf.live_view import TextView
+
+    model = load_model(args.model, args.device, trust_remote_code=args.trust_remote_code)
     tokenizer = load_tokenizer(args.model)
-    input_ids = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].long().view(1, -1)
+    check_tokenizer(tokenizer, model.config)
+    input_ids = encode_text(args.prompt, tokenizer).to(model.device)
     if not args.prompt and settings.max_new_tokens is None:
         settings.max_new_tokens = model.config.max_position_embeddings
 
     console = Console()
-    watcher = Watcher(tokenizer, console, args.seconds_per_step) if args.watch else None
+    view = TextView(tokenizer, console, args.seconds_per_step) if args.watch else None
     start = time.perf_counter()
     output = model.generate(
-        input_ids.to(model.device),
-        generator=torch.Generator().manual_seed(args.seed),
-        streamer=watcher,
+        input_ids,
+        generator=torch.Generator(model.device).manual_seed(args.seed),
+        streamer=view,
         return_dict_in_generate=True,
         **{name: value for name, value in asdict(settings).items() if value is not None},
     )
     seconds = time.perf_counter() - start
-    if watcher is None or watcher.live is None:
+    if view is None or view.live is None:
         console.print(tokenizer.decode(output.sequences[0]), soft_wrap=True, highlight=False, markup=False)
     console.print(f"[dim]{int(output.num_forward_passes[0])} forward passes, {seconds:.2f} s[/dim]", highlight=False)
 

@@ -30,7 +30,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from evaluate_vmd import print_table, write_json
 from transformers import HfArgumentParser
 
 SCRIPTS = Path(__file__).parent
@@ -203,6 +202,12 @@ def main(argv: list[str]) -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(args=argv)
     if unknown := sorted(set(args.parts) - set(PARTS)):
         raise ValueError(f"parts must be of {PARTS}, got {', '.join(unknown)}")
+
+    from vmd_hf.evaluation.tables import (  # torch, too, which the processes below need not share
+        print_table,
+        write_json,
+    )
+
     machine = {"python": platform.python_version(), "cores": os.cpu_count(), "load_before": os.getloadavg()[0]}
     machine |= {name: version(name) for name in ("torch", "transformers", "accelerate")}
     tables = measure_install(args) if "install" in args.parts else {}

@@ -6,7 +6,8 @@
 
 Prints accuracy and KL of every sampler beside the figures of the paper (arXiv 2510.23606), draws heat maps of the
 joint distribution, writes `results.json`, then loads the last model again through `AutoModelForMaskedLM` and samples
-from it. All other arguments are those of train_vmd.py.
+from it. All other arguments are those of train_vmd.py. Models are trained and sampled on the accelerator if there is
+one; `--device cpu` leaves it alone.
 """
 
 import argparse
@@ -19,11 +20,14 @@ from typing import Any
 
 import matplotlib
 import torch
-from evaluate_vmd import EvaluationArguments, evaluate_synthetic, print_table, write_json
-from train_vmd import parse, train
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from vmd_hf.data.synthetic import independent_accuracy, independent_marginals_kl, joint_counts, target_distribution
+from vmd_hf.evaluation.synthetic import evaluate_synthetic
+from vmd_hf.evaluation.tables import print_table, write_json
+from vmd_hf.hub import default_device
+from vmd_hf.recipes import parse
+from vmd_hf.training_run import train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -59,7 +63,7 @@ PAPER = {
 
 
 def run_variant(
-    variant: str, seed: int, recipe_arguments: list[str], output_dir: str, num_samples: int
+    variant: str, seed: int, recipe_arguments: list[str], output_dir: str, num_samples: int, device: torch.device
 ) -> tuple[list[dict[str, Any]], dict[int, torch.Tensor]]:
     """Trains and evaluates one model: results, and for the heat maps the better of its samples in one step."""
     settings = [f"--{name}={value}" for name, value in VARIANTS[variant].items()]
@@ -72,17 +76,13 @@ def run_variant(
     seconds = time.perf_counter() - start
 
     width = model_args.block_size or target_distribution(data_args.setting, data_args.correlation).dim()
-    evaluation = EvaluationArguments(
-        setting=data_args.setting,
-        correlation=data_args.correlation,
-        num_steps=[n for n in (1, 2, 4) if n <= width],
-        num_samples=num_samples,
-    )
+    model, num_steps = trainer.model.to(device), [n for n in (1, 2, 4) if n <= width]
+    evaluation = evaluate_synthetic(model, data_args.setting, data_args.correlation, num_steps, num_samples)
     identity = {"variant": variant, "seed": seed, "tokens_per_block": width}
     results, one_step, lowest = [], None, math.inf
-    for result, samples in evaluate_synthetic(trainer.model, evaluation):
+    for result, samples in evaluation:
         if variant == "mdm" and not result["sampler"].endswith("sampled"):
-            continue  # a model without a latent says the same thing every time unless tokens are drawn
+            continue  # without a latent every sample is the same unless tokens are drawn
         results.append({**identity, **result, "training_seconds": round(seconds, 1)})
         if result["num_steps"] == 1 and result["kl"] < lowest:
             one_step, lowest = samples, result["kl"]
@@ -99,7 +99,7 @@ def summarise(setting: str, results: list[dict[str, Any]]) -> list[dict[str, str
     for (width, variant, num_steps, sampler), group in groups.items():
         accuracies = [100 * result["accuracy"] for result in group]
         kls = [result["kl"] for result in group]
-        papers_pairing = variant == "mdm" or (variant == "vmd" and sampler == "one z kept, argmax")
+        papers_pairing = variant == "mdm" or (variant == "vmd" and sampler == "shared latent, argmax")
         lines.append(
             {
                 "model": variant,
@@ -139,12 +139,12 @@ def draw_heat_maps(title: str, target: torch.Tensor, samples: dict[str, torch.Te
     plt.close(figure)
 
 
-def show_reloaded(folder: str) -> None:
+def show_reloaded(folder: str, device: torch.device) -> None:
     """What a user does with the saved model."""
-    model = AutoModelForMaskedLM.from_pretrained(folder)
+    model = AutoModelForMaskedLM.from_pretrained(folder).to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     length = model.config.max_position_embeddings
-    masks = torch.full((8, length), tokenizer.mask_token_id)
+    masks = torch.full((8, length), tokenizer.mask_token_id, device=device)
     ids = model.generate(masks, num_steps=1, generator=torch.Generator().manual_seed(0))
     print(f"loaded from {folder}; eight samples in one step: {' '.join(tokenizer.batch_decode(ids))}")
 
@@ -155,16 +155,22 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--num_samples", type=int, default=100_000)
     parser.add_argument("--output_dir", default="outputs/quick_start")
+    parser.add_argument("--device", type=torch.device, default=default_device())
     options, recipe_arguments = parser.parse_known_args(argv)
     if not (recipe_arguments and recipe_arguments[0].endswith(".yaml")):
         recipe_arguments = [str(Path(__file__).parent / "recipes" / "d1.yaml"), *recipe_arguments]
+
+    if options.device.type == "cpu":
+        recipe_arguments.append("--use_cpu=true")
 
     data_args = parse(recipe_arguments)[1]
     target = target_distribution(data_args.setting, data_args.correlation)
     results, maps = [], {}
     for seed in options.seeds:
         for variant in options.variants:
-            new, one_step = run_variant(variant, seed, recipe_arguments, options.output_dir, options.num_samples)
+            new, one_step = run_variant(
+                variant, seed, recipe_arguments, options.output_dir, options.num_samples, options.device
+            )
             results += new
             maps.setdefault(variant.upper() if variant in ("mdm", "vmd") else variant, one_step)
             write_json(f"{options.output_dir}/results.json", results)
@@ -180,7 +186,7 @@ def main(argv: list[str]) -> None:
     )
     draw_heat_maps(name, target, maps, figure := Path(options.output_dir) / "heat_maps.png")
     print(f"heat maps: {figure}; results: {options.output_dir}/results.json")
-    show_reloaded(f"{options.output_dir}/{options.variants[-1]}-{options.seeds[-1]}")
+    show_reloaded(f"{options.output_dir}/{options.variants[-1]}-{options.seeds[-1]}", options.device)
 
 
 if __name__ == "__main__":

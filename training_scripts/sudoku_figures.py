@@ -19,10 +19,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from transformers import AutoModelForMaskedLM, HfArgumentParser, PreTrainedModel
+from transformers import HfArgumentParser, PreTrainedModel
 
 from vmd_hf.data.sudoku import parse_board
-from vmd_hf.hub import load_tokenizer
+from vmd_hf.hub import load_model, load_tokenizer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -36,10 +36,11 @@ class FigureArguments:
     puzzle: str = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
     num_steps: int = field(default=10, metadata={"help": "Forward passes for the board, and over training steps."})
     remasking: str = "top_prob_margin"
+    device: str | None = field(default=None, metadata={"help": "Default: the accelerator if there is one, else cpu."})
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The rows of the first table of `results.json`, which tells rules and numbers of steps apart; first attempts."""
+    """The rows of the first table of `results.json`, a row for each rule and number of steps; first attempts."""
     first = next(iter(json.loads((folder / "results.json").read_text()).values()))
     return [row for row in first if row.get("num_attempts", 1) == 1]
 
@@ -100,7 +101,7 @@ def board_that_fills(folder: Path, model: PreTrainedModel, puzzle: str, remaskin
     """The board after each forward pass: clues black, earlier digits grey, those of the step blue."""
     tokenizer = load_tokenizer(folder)
     output = model.generate(
-        tokenizer(puzzle, return_tensors="pt")["input_ids"],
+        tokenizer(puzzle, return_tensors="pt")["input_ids"].to(model.device),
         num_steps=num_steps,
         remasking=remasking,
         generator=torch.Generator().manual_seed(0),
@@ -137,7 +138,7 @@ def main(argv: list[str]) -> None:
     folders = [Path(name) for name in args.model]
     accuracy_over_steps(folders)
     accuracy_over_training(folders, args.remasking, args.num_steps)
-    model = AutoModelForMaskedLM.from_pretrained(folders[0]).eval()
+    model = load_model(folders[0], args.device)
     board_that_fills(folders[0], model, args.puzzle, args.remasking, args.num_steps)
 
 

@@ -1,12 +1,14 @@
 """Variational Masked Diffusion language models for the Hugging Face ecosystem (arXiv 2510.23606).
 
 Importing this package makes `AutoConfig`, `AutoModel` and `AutoModelForMaskedLM` know the model type "vmd", and
-`pipeline` the task "masked-diffusion".
+`pipeline` the task "masked-diffusion". That takes torch and the classes themselves, so nothing here is lazy but
+`metrics`, which imports `evaluate` when a metric is loaded, and the command `vmd-hf` starts outside the package.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from . import metrics
 from .configuration_vmd import VMDConfig
 from .generation_vmd import VMDGenerateOutput, VMDGenerationConfig
 from .likelihood import CorpusBound, NELBOOutput, corpus_bound, nelbo
@@ -32,5 +34,6 @@ __all__ = [
     "VMDModel",
     "VMDPreTrainedModel",
     "corpus_bound",
+    "metrics",
     "nelbo",
 ]

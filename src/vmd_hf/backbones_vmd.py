@@ -31,9 +31,9 @@ class VMDBackbone(VMDDenoiser):
     def __init__(self, config: VMDConfig):
         super().__init__(config)
         self.masked_lm = AutoModelForMaskedLM.from_config(config.backbone_config)
-        self.conditioner = VMDConditioner(config) if config.latent_size else None
+        self.conditioner = VMDConditioner(config) if config.gaussian_size else None
         size = config.conditioning_size + 1, config.hidden_size
-        self.modulation = VMDZeroLinear(*size, bias=False) if config.latent_size else None
+        self.modulation = VMDZeroLinear(*size, bias=False) if config.gaussian_size else None
         self.latent_prior = None
         self.rotary_emb = LlamaRotaryEmbedding(config)  # of the latent encoder
         self.post_init()

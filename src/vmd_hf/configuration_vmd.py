@@ -8,7 +8,6 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 # Keyword arguments that `PreTrainedConfig` takes beside its declared fields.
@@ -81,9 +80,16 @@ class VMDConfig(PreTrainedConfig):
             number learned for each layer, head and grouping, added to the scores (sudoku.yaml). Whole sequences,
             eager or sdpa attention.
         rope_parameters: Rotary settings as everywhere in transformers (`rope_type`, `rope_theta`, ...).
-        latent_size: Dimensions of the latent `z`; 0 for no latent. With `latent_input="position_slices"`, of all
-            slices together.
-        conditioning_size: Width of the conditioning vector that is computed from `z` (from each slice of it).
+        latent_type: `"gaussian"`, the paper's z ~ N(0, I) with a learned posterior, or `"chain"`: a state for each
+            masked token, whose posterior is known (see `chain_vmd.py`). A chain has no KL term and no encoder, and
+            fields about these do not concern it.
+        latent_size: Dimensions of the latent `z`, or states of the chain; 0 for no latent. With
+            `latent_input="position_slices"`, of all slices together.
+        conditioning_size: Width of the conditioning vector that is computed from `z` (from each slice of it). For a
+            chain, the rank of what tilts the emissions of its states.
+        candidate_tokens: For a chain, the number of tokens, the most probable ones at a position, whose probability
+            depends on its state; all others together have a share of it that does. Cost and memory of the emissions
+            grow with it, and not with the vocabulary.
         latent_input: How z enters the denoiser. `"layers"`: by adaLN in every layer. `"layers_and_positions"`: z also
             adds to the input of each position (of a block, or up to `max_position_embeddings`) a vector of its own,
             for `conditioning_size * hidden_size` weights a position (sotu_latent.yaml). `"position_slices"`: z is a
@@ -98,6 +104,8 @@ class VMDConfig(PreTrainedConfig):
         objective: `"vmd"` (the paper's, default), `"per_sample"` or `"per_step"`: see `objective_vmd.py`.
         objective_steps: Numbers of sampling steps that `per_sample` and `per_step` train for; one is drawn for
             each row.
+        left_to_right: Share of blocks (or rows) for which `per_sample` and `per_step` reveal tokens from left to right
+            rather than in random order: for the sampler with `remasking="left_to_right"`.
         objective_draws: Draws of z under the logarithm of the loss: `-log 1/K sum_k p(x | z_k) p(z_k) / q(z_k)` for
             the tokens that are predicted now, in place of `R + KL`, which is the case of one (IWAE, arXiv
             1509.00519). Several make up for a true posterior that is no Gaussian (two_token.yaml), and cost a pass of
@@ -151,14 +159,17 @@ class VMDConfig(PreTrainedConfig):
     position_groups: list[list[int]] | None = None
     position_group_bias: bool = False
     rope_parameters: dict | None = None
+    latent_type: Literal["gaussian", "chain"] = "gaussian"
     latent_size: int = 64
     conditioning_size: int = 128
+    candidate_tokens: int = 128
     latent_input: Literal["layers", "layers_and_positions", "position_slices"] = "layers"
     num_latent_encoder_layers: int = 1
     block_size: int | None = None
     prior: Literal["standard", "learned"] = "standard"
     objective: Literal["vmd", "per_sample", "per_step"] = "vmd"
     objective_steps: list[int] | tuple[int, ...] = (1, 2, 4)
+    left_to_right: float | int = 0.0
     objective_draws: int = 1
     latent_min_tokens: int = 1
     kl_weight: float | int = 1.0
@@ -202,6 +213,16 @@ class VMDConfig(PreTrainedConfig):
         return super().to_dict()
 
     @property
+    def gaussian_size(self) -> int:
+        """Dimensions of a Gaussian latent, 0 without one."""
+        return self.latent_size if self.latent_type == "gaussian" else 0
+
+    @property
+    def num_states(self) -> int:
+        """States of a chain, 0 without one."""
+        return self.latent_size if self.latent_type == "chain" else 0
+
+    @property
     def positions_per_latent(self) -> int:
         """Positions of a block, or of the longest sequence."""
         return self.block_size or self.max_position_embeddings
@@ -219,10 +240,9 @@ class VMDConfig(PreTrainedConfig):
         return sorted(forbidden - {None})
 
     def validate_sizes(self):
-        for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "conditioning_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_hidden_layers", "num_loops", "max_position_embeddings", "num_latent_encoder_layers"):
+        sizes = ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "conditioning_size")
+        numbers = ("num_hidden_layers", "num_loops", "max_position_embeddings", "num_latent_encoder_layers")
+        for name in (*sizes, *numbers, "candidate_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.latent_size < 0:
@@ -239,15 +259,23 @@ class VMDConfig(PreTrainedConfig):
             )
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"block_size must be None (whole sequences) or at least 1, got {self.block_size}")
-        if self.prior == "learned" and (self.block_size is None or self.latent_size == 0):
+        if self.prior == "learned" and (self.block_size is None or self.gaussian_size == 0):
             raise ValueError(
-                "prior='learned' needs blocks, whose earlier ones it sees, and a latent, got "
-                f"block_size={self.block_size} and latent_size={self.latent_size}"
+                "prior='learned' needs blocks, whose earlier ones it sees, and a Gaussian latent, got "
+                f"block_size={self.block_size}, latent_size={self.latent_size} and latent_type={self.latent_type!r}"
             )
-        if self.latent_input != "layers" and (self.latent_size == 0 or self.backbone_config is not None):
+        if self.latent_input != "layers" and (self.gaussian_size == 0 or self.backbone_config is not None):
             raise ValueError(
-                f"latent_input={self.latent_input!r} needs a latent and no backbone, got "
-                f"latent_size={self.latent_size} and backbone_config={self.backbone_config}"
+                f"latent_input={self.latent_input!r} needs a Gaussian latent and no backbone, got "
+                f"latent_size={self.latent_size}, latent_type={self.latent_type!r} and "
+                f"backbone_config={self.backbone_config}"
+            )
+        if self.num_states and (
+            self.objective == "per_sample" or self.objective_draws > 1 or self.latent_min_tokens > 1
+        ):
+            raise ValueError(
+                "latent_type='chain' needs objective 'vmd' or 'per_step', objective_draws 1 and latent_min_tokens 1, "
+                f"got {self.objective!r}, {self.objective_draws} and {self.latent_min_tokens}"
             )
         if self.latent_size % self.num_latent_slices:
             raise ValueError(
@@ -261,6 +289,8 @@ class VMDConfig(PreTrainedConfig):
                 "a backbone reads whole sequences, once: block_size must be None and num_loops 1, got "
                 f"{self.block_size} and {self.num_loops}"
             )
+        from transformers.activations import ACT2FN  # which needs torch
+
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be an activation that transformers knows, got {self.hidden_act!r}")
 
@@ -283,6 +313,11 @@ class VMDConfig(PreTrainedConfig):
         if not self.objective_steps or min(self.objective_steps) < 1:
             raise ValueError(
                 f"objective_steps must be one or more numbers of at least 1, got {list(self.objective_steps)}"
+            )
+        if not 0 <= self.left_to_right <= 1 or (self.left_to_right and self.objective == "vmd"):
+            raise ValueError(
+                "left_to_right must lie in [0, 1], and be 0 under the vmd objective, which has no order, got "
+                f"{self.left_to_right} and {self.objective!r}"
             )
         if self.latent_min_tokens < 1 or (self.latent_min_tokens > 1 and self.objective != "per_step"):
             raise ValueError(

@@ -39,7 +39,7 @@ class VMDDenoiser(VMDPreTrainedModel):
         if self.config.block_size is not None:
             return lay_out_blocks(input_ids, attention_mask, position_ids, self.config.block_size)
         layout = lay_out_rows(input_ids, attention_mask, position_ids)
-        if layout.document is not None and self.config.latent_size:
+        if layout.document is not None and self.config.gaussian_size:
             require(
                 layout.document.amax() == 0,
                 "position_ids must not restart within a row where block_size is None and there is a latent, which "
@@ -117,13 +117,14 @@ class VMDDenoiser(VMDPreTrainedModel):
         check_latents(latents, self.config, layout, input_ids.shape[0])
         grid = layout.scatter(input_ids, 0)
         if self.latent_prior is not None and latents is None:
-            hidden_states, context = self.read(grid, layout)
+            # Not by `read`, whose call an exporter would take for one with the public arguments.
+            hidden_states, context = read_context(self.run(grid, layout, clean=True, return_dict=True), layout)
             latents, _ = self.latent_prior(last_before_blocks(hidden_states, layout))
         elif self.config.block_size is not None:
             context = CleanContext(input_ids=grid, position_ids=layout.position_ids, new=layout.places(clean=True))
         if self.conditioner is not None:
             if latents is None:
-                latents = torch.zeros(grid.shape[0], self.config.latent_size, device=grid.device)
+                latents = torch.zeros(grid.shape[0], self.config.gaussian_size, device=grid.device)
                 latents = latents[:, None].expand(-1, layout.num_blocks, -1)
             conditioning = self.condition(latents.view(grid.shape[0], layout.num_blocks, -1))
         outputs = self.run(grid, layout, conditioning, context, return_dict=True, **kwargs)
@@ -146,9 +147,7 @@ class VMDDenoiser(VMDPreTrainedModel):
         Returns:
             Hidden states (batch, N * width, hidden_size), and what `run` needs to know of these tokens.
         """
-        outputs = self(input_ids, layout=layout, context=context, clean=True, return_dict=True)
-        read = CleanContext(keys_values=outputs.keys_values, read=layout.places(clean=True))
-        return outputs.last_hidden_state, read
+        return read_context(self(input_ids, layout=layout, context=context, clean=True, return_dict=True), layout)
 
     def condition(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (batch, N, latent_size) to conditioning vectors (batch, N, ..., conditioning_size + 1)."""
@@ -161,6 +160,11 @@ class VMDDenoiser(VMDPreTrainedModel):
             return conditioning
         enough = num_revealed >= self.config.latent_min_tokens
         return conditioning * enough.view(*enough.shape, *[1] * (conditioning.dim() - enough.dim()))
+
+
+def read_context(outputs: VMDModelOutput, layout: Layout) -> tuple[torch.Tensor, CleanContext]:
+    """Hidden states of a pass over clean tokens, and what later passes need to know of it."""
+    return outputs.last_hidden_state, CleanContext(outputs.keys_values, layout.places(clean=True))
 
 
 def gather_hidden_states(hidden_states, layout: Layout):

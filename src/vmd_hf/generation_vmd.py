@@ -1,152 +1,30 @@
-"""Sampling: `generate` for masked diffusion with a latent (arXiv 2510.23606, algorithm 2), made of small pieces."""
+"""`generate` for masked diffusion with a latent (arXiv 2510.23606, algorithm 2): the canvas, the clean context and
+its cache, and the loop over blocks and steps. What happens in a step is in sampling_vmd."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
-from transformers.generation import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import EosTokenCriteria, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
 from .blocks_vmd import EMPTY, CleanContext, Layout, Places, join_places, stack_places
+from .chain_vmd import draw_states, state_marginals
+from .generation_configuration_vmd import VMDGenerationConfig
+from .sampling_vmd import (
+    Generators,
+    RemaskingRule,
+    Sampler,
+    SamplerState,
+    check_generators,
+    draw_for,
+    exponential,
+    generators_on,
+)
 from .schedule_vmd import most_revealed, num_revealed, step_schedule
-
-Generators = torch.Generator | list[torch.Generator] | None
-
-REMASKING_RULES = ("random", "top_prob", "top_prob_margin", "entropy")
-CORRECTORS = (None, "cap", "rescale", "confidence")
-CACHES = ("dynamic", "static")
-
-
-class VMDGenerationConfig(GenerationConfig):
-    """Settings of `generate`, saved with the model in generation_config.json.
-
-    Args:
-        max_new_tokens: Mask tokens appended to the prompt before filling; `None`: fill the masks that are there.
-        num_steps: Forward passes in which a row, or with blocks each block of it, is filled; with fewer masks than
-            that it takes fewer. `None`: one token a step.
-        remasking: Which predictions are kept at each step: `"random"` positions, or those with the highest
-            probability (`"top_prob"`), the widest margin between the two most probable tokens
-            (`"top_prob_margin"`, arXiv 2502.06768), or the lowest entropy (`"entropy"`).
-        do_sample: `False`: the most probable token (the paper's algorithm). `True`: a draw from the distribution.
-        temperature, top_k, top_p: Change the distribution that tokens are drawn from, with `do_sample` only. The
-            confidence of the remasking rules is that of the unchanged distribution.
-        confidence_threshold: In (0, 1). Reveals every token whose confidence under `remasking` (`"top_prob"` or
-            `"top_prob_margin"`) exceeds it, and at least one: as many steps as it takes, `num_steps` at most.
-        resample_latents: Draw a fresh z for each step instead of keeping one. `True` is the sampler that belongs to
-            `objective="per_step"` (whose models default to it) and to `"vmd"`; `False`, the paper's, to
-            `"per_sample"`.
-        latent_scale: Factor on drawn latents: below 1 for more typical samples. 1 samples the model.
-        corrector: Mask revealed tokens again at each step, so that they can be corrected (ReMDM, arXiv 2503.00307,
-            section 4). With alpha and alpha' the shares of tokens revealed before and after the step, the probability
-            is at most sigma_max = min(1, (1 - alpha') / alpha): `"cap"`: min(corrector_strength, sigma_max);
-            `"rescale"`: corrector_strength * sigma_max; `"confidence"`: that times the softmax over the row's
-            revealed tokens of minus the probability that they had when they were revealed. Given tokens stay. With a
-            corrector, a row takes `num_steps` steps even where it has fewer masks. Off by default.
-        corrector_strength: eta of that paper, in (0, 1].
-        guidance_scale: Classifier-free guidance on the given tokens: hidden states are extrapolated from those
-            without the prompt, `without + guidance_scale * (with - without)`, which the linear output layer turns
-            into the same for logits. Without the prompt: its tokens are masks (in earlier blocks: not there). One
-            pass of twice as many rows. `None` and 1 are no guidance.
-        use_cache: Keep keys and values of finished blocks; no effect on whole sequences.
-        cache_implementation: `"dynamic"` (grows) or `"static"` (allocated once).
-        return_dict_in_generate: Return a [`VMDGenerateOutput`] instead of the sequences alone.
-        output_history: Put the sequences after every step into that output.
-        output_confidences: Put the probability that each token had when it was revealed into that output.
-        bos_token_id, eos_token_id, pad_token_id: Special tokens. What follows the first end-of-sequence token among
-            new tokens becomes padding.
-
-    Raises:
-        ValueError: for a value out of range, a contradiction, or an unknown name.
-    """
-
-    def __init__(self, **kwargs):
-        # The parent's __init__ is left out on purpose: its fields belong to autoregressive sampling.
-        self.max_new_tokens: int | None = kwargs.pop("max_new_tokens", None)
-        self.num_steps: int | None = kwargs.pop("num_steps", None)
-        self.remasking: str = kwargs.pop("remasking", "top_prob")
-        self.do_sample: bool = kwargs.pop("do_sample", False)
-        self.temperature: float | None = kwargs.pop("temperature", None)
-        self.top_k: int | None = kwargs.pop("top_k", None)
-        self.top_p: float | None = kwargs.pop("top_p", None)
-        self.confidence_threshold: float | None = kwargs.pop("confidence_threshold", None)
-        self.resample_latents: bool = kwargs.pop("resample_latents", False)
-        self.latent_scale: float = kwargs.pop("latent_scale", 1.0)
-        self.corrector: str | None = kwargs.pop("corrector", None)
-        self.corrector_strength: float = kwargs.pop("corrector_strength", 0.1)
-        self.guidance_scale: float | None = kwargs.pop("guidance_scale", None)
-        self.use_cache: bool = kwargs.pop("use_cache", True)
-        self.cache_implementation: str = kwargs.pop("cache_implementation", "dynamic")
-        self.return_dict_in_generate: bool = kwargs.pop("return_dict_in_generate", False)
-        self.output_history: bool = kwargs.pop("output_history", False)
-        self.output_confidences: bool = kwargs.pop("output_confidences", False)
-        self.bos_token_id: int | None = kwargs.pop("bos_token_id", None)
-        self.eos_token_id: int | list[int] | None = kwargs.pop("eos_token_id", None)
-        self.pad_token_id: int | None = kwargs.pop("pad_token_id", None)
-
-        self._from_model_config: bool | None = kwargs.pop("_from_model_config", None)
-        self.transformers_version: str | None = kwargs.pop("transformers_version", None)
-        kwargs.pop("_commit_hash", None)
-        if kwargs:
-            raise ValueError(f"VMDGenerationConfig knows no argument {', '.join(map(repr, sorted(kwargs)))}")
-        self.validate()
-
-    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None):
-        """Raises ValueError at the first broken rule; `strict` and `user_set_attributes` are the parent's."""
-        for name in ("max_new_tokens", "num_steps", "top_k"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be None or an integer of at least 1, got {value!r}")
-        if self.remasking not in REMASKING_RULES:
-            raise ValueError(f"remasking must be one of {REMASKING_RULES}, got {self.remasking!r}")
-        if self.temperature is not None and self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0 (do_sample=False is greedy), got {self.temperature}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        for name in ("temperature", "top_k", "top_p"):
-            if not self.do_sample and getattr(self, name) is not None:
-                raise ValueError(f"{name} needs do_sample=True, got {name}={getattr(self, name)} without it")
-        if self.confidence_threshold is not None:
-            if not 0 < self.confidence_threshold < 1:
-                raise ValueError(f"confidence_threshold must lie in (0, 1), got {self.confidence_threshold}")
-            if self.remasking not in ("top_prob", "top_prob_margin"):
-                raise ValueError(
-                    "confidence_threshold needs remasking='top_prob' or 'top_prob_margin', got "
-                    f"remasking={self.remasking!r}"
-                )
-        if self.latent_scale < 0:
-            raise ValueError(f"latent_scale must not be negative, got {self.latent_scale}")
-        if self.corrector not in CORRECTORS:
-            raise ValueError(f"corrector must be one of {CORRECTORS}, got {self.corrector!r}")
-        if not 0 < self.corrector_strength <= 1:
-            raise ValueError(f"corrector_strength must lie in (0, 1], got {self.corrector_strength}")
-        if self.corrector is not None and self.confidence_threshold is not None:
-            raise ValueError(
-                "corrector must be None with confidence_threshold, which leaves no schedule to correct in, got "
-                f"{self.corrector!r}"
-            )
-        if self.guidance_scale is not None and self.guidance_scale < 0:
-            raise ValueError(f"guidance_scale must be None or not negative, got {self.guidance_scale}")
-        if self.cache_implementation not in CACHES:
-            raise ValueError(f"cache_implementation must be one of {CACHES}, got {self.cache_implementation!r}")
-        for name in ("output_history", "output_confidences"):
-            if getattr(self, name) and not self.return_dict_in_generate:
-                raise ValueError(f"{name} needs return_dict_in_generate=True, got False")
-
-    @classmethod
-    def from_model_config(cls, model_config) -> "VMDGenerationConfig":
-        """The defaults of a model: its special tokens, and the sampler that belongs to its objective."""
-        values = model_config if isinstance(model_config, dict) else model_config.to_dict()
-        return cls(
-            eos_token_id=values.get("eos_token_id"),
-            pad_token_id=values.get("pad_token_id"),
-            resample_latents=values.get("objective") == "per_step" and values.get("latent_size", 0) > 0,
-            _from_model_config=True,
-        )
 
 
 @dataclass
@@ -157,7 +35,8 @@ class VMDGenerateOutput(ModelOutput):
         sequences: (batch, length) int64.
         num_forward_passes: (batch,) int64, counted.
         latents: (batch, latent_size) float32 or None; with `resample_latents` those of each row's last step. With
-            blocks (batch, generated blocks, latent_size), 0 for blocks that a row did not generate.
+            blocks (batch, generated blocks, latent_size), 0 for blocks that a row did not generate. Of a chain the
+            states that tokens were drawn from, (batch, length) or (batch, generated blocks, block_size) int64.
         history: With `output_history`, the sequences after every step, a tuple of (batch, length).
         confidences: With `output_confidences`, (batch, length) float32: the probability of each token given what was
             there when it was revealed (before temperature, top-k and top-p); 1 for what was given, 0 for masks that
@@ -182,110 +61,15 @@ def prepare_canvas(
     if max_new_tokens is None:
         return input_ids.clone(), attention_mask
     padding_first = attention_mask.ne(0).long().argsort(dim=-1, stable=True)
-    new = input_ids.new_full((len(input_ids), max_new_tokens), mask_token_id)
+    new = input_ids.new_full((input_ids.shape[0], max_new_tokens), mask_token_id)
     return (
         torch.cat([input_ids.gather(-1, padding_first), new], dim=-1),
         torch.cat([attention_mask.gather(-1, padding_first), torch.ones_like(new)], dim=-1),
     )
 
 
-def draw(
-    sampler: Callable[..., torch.Tensor],
-    counts: list[int],
-    trailing: tuple[int, ...],
-    generator: Generators,
-    device: torch.device,
-) -> torch.Tensor:
-    """`sampler((sum(counts), *trailing))`, row by row of the batch where every row has a generator of its own.
-
-    With a list, row i's numbers come from its generator alone, so they do not depend on the rest of the batch.
-    """
-    if not isinstance(generator, list):
-        source = device if generator is None else generator.device
-        return sampler((sum(counts), *trailing), generator=generator, device=source).to(device)
-    parts = [
-        sampler((count, *trailing), generator=row, device=row.device).to(device)
-        for count, row in zip(counts, generator, strict=True)
-    ]
-    return torch.cat(parts)
-
-
-def check_generators(generator: Generators, num_rows: int) -> None:
-    if isinstance(generator, list) and len(generator) != num_rows:
-        raise ValueError(f"generator must hold one for each of {num_rows} rows, got {len(generator)}")
-
-
-def exponential(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
-    return torch.empty(shape, device=device).exponential_(generator=generator)
-
-
-def warp(logits: torch.Tensor, config: VMDGenerationConfig) -> torch.Tensor:
-    """Logits after temperature, top-k and top-p. (..., vocabulary) to the same."""
-    if config.temperature is not None:
-        logits = TemperatureLogitsWarper(float(config.temperature))(None, logits)
-    if config.top_k is not None:
-        logits = TopKLogitsWarper(config.top_k)(None, logits)
-    if config.top_p is not None:
-        logits = TopPLogitsWarper(float(config.top_p))(None, logits)
-    return logits
-
-
-def confidence_of(logits: torch.Tensor, tokens: torch.Tensor, rule: str) -> torch.Tensor:
-    """How sure the model is of each prediction, higher is surer: (positions,) float32.
-
-    Args:
-        logits: (positions, vocabulary).
-        tokens: (positions,), the predicted tokens.
-        rule: `"top_prob"`, `"top_prob_margin"` or `"entropy"`.
-    """
-    probabilities = logits.softmax(-1)
-    if rule == "top_prob":
-        return probabilities.gather(-1, tokens[:, None]).squeeze(-1)
-    if rule == "top_prob_margin":
-        best, second = probabilities.topk(2, dim=-1).values.unbind(-1)
-        return best - second
-    return -torch.special.entr(probabilities).sum(-1)
-
-
-def select_positions(confidence: torch.Tensor, masked: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """The `count` (batch,) masked positions of highest confidence of each row; equal ones from left to right.
-
-    Args:
-        confidence: (batch, length) float.
-        masked: (batch, length) bool.
-
-    Returns:
-        (batch, length) bool.
-    """
-    order = confidence.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(-1, order, ranks)
-    return masked & (rank < count[:, None])
-
-
-def new_eos_tokens(sequences: torch.Tensor, config: VMDGenerationConfig) -> torch.Tensor | None:
-    """Which of the last `max_new_tokens` end a sequence: (batch, max_new_tokens) bool; `None` where none can."""
-    if config.eos_token_id is None or config.max_new_tokens is None:
-        return None
-    return torch.isin(
-        sequences[:, -config.max_new_tokens :], torch.tensor(config.eos_token_id, device=sequences.device).view(-1)
-    )
-
-
-def pad_after_eos(sequences: torch.Tensor, config: VMDGenerationConfig) -> torch.Tensor:
-    """Sequences with everything after the first end-of-sequence token among the last `max_new_tokens` padded."""
-    is_eos = new_eos_tokens(sequences, config)
-    if is_eos is None:
-        return sequences
-    after = (is_eos.cumsum(-1) - is_eos.long()) > 0
-    eos = config.eos_token_id if isinstance(config.eos_token_id, int) else config.eos_token_id[0]
-    padding = eos if config.pad_token_id is None else config.pad_token_id
-    padded = sequences[:, -config.max_new_tokens :].masked_fill(after, padding)
-    return torch.cat([sequences[:, : -config.max_new_tokens], padded], dim=-1)
-
-
-def check_length(attention_mask: torch.Tensor, model_config) -> None:
-    longest = int(attention_mask.ne(0).sum(-1).max())
+def check_length(lengths: torch.Tensor, model_config) -> None:
+    longest = int(lengths.max())
     if longest > model_config.max_position_embeddings:
         raise ValueError(
             "input_ids and max_new_tokens must make at most max_position_embeddings = "
@@ -293,32 +77,26 @@ def check_length(attention_mask: torch.Tensor, model_config) -> None:
         )
 
 
-def corrector_probability(
-    revealed: torch.Tensor,
-    probability: torch.Tensor,
-    before: torch.Tensor,
-    after: torch.Tensor,
-    num_maskable: torch.Tensor,
-    config: VMDGenerationConfig,
-) -> torch.Tensor:
-    """sigma of ReMDM (arXiv 2503.00307, section 4): with which probability each revealed token is masked again.
+class EndOfText:
+    """Where texts end: at the first end-of-sequence token among the last `max_new_tokens`."""
 
-    Args:
-        revealed: (batch, length) bool, tokens that were filled in earlier steps.
-        probability: (batch, length), what each of them had when it was revealed.
-        before, after, num_maskable: (batch,), tokens revealed before and after the step by the schedule, and of all.
+    def __init__(self, config: VMDGenerationConfig, device: torch.device):
+        tokens = torch.tensor(config.eos_token_id, device=device).view(-1)
+        self.criteria = EosTokenCriteria(tokens)
+        self.num_new = config.max_new_tokens
+        self.padding = tokens[0] if config.pad_token_id is None else config.pad_token_id
 
-    Returns:
-        (batch, length) float, 0 where nothing was revealed.
-    """
-    sigma_max = ((num_maskable - after) / before.clamp(min=1)).clamp(max=1)[:, None]
-    if config.corrector == "cap":
-        sigma = sigma_max.clamp(max=config.corrector_strength)
-    else:
-        sigma = config.corrector_strength * sigma_max
-        if config.corrector == "confidence":
-            sigma = sigma * (-probability).masked_fill(~revealed, -torch.inf).softmax(-1).nan_to_num()
-    return torch.where(revealed, sigma, 0.0)
+    def ends(self, sequences: torch.Tensor) -> torch.Tensor:
+        """(batch, max_new_tokens) bool."""
+        new = sequences[:, -self.num_new :]
+        return self.criteria(new.reshape(-1, 1), None).view_as(new)
+
+    def pad_after(self, sequences: torch.Tensor) -> torch.Tensor:
+        """Sequences with everything after their end padded."""
+        is_end = self.ends(sequences)
+        after = (is_end.cumsum(-1) - is_end.long()) > 0
+        padded = torch.where(after, self.padding, sequences[:, -self.num_new :])
+        return torch.cat([sequences[:, : -self.num_new], padded], dim=-1)
 
 
 class PrefixStreamer:
@@ -341,6 +119,41 @@ class PrefixStreamer:
             self.streamer.put_draft(sequences.cpu())
 
 
+class Rounds(NamedTuple):
+    """Which block (or whole sequence) each row fills in each round, as the masks say that are there at the start.
+
+    Attributes:
+        block: (batch, rounds) int64; where a row has none left, its last one again.
+        num_masked: (batch, rounds) int64, n, masks of that block; 0 where the row has none left.
+        num_steps: (batch, rounds) int64, T_n, steps in which they are filled.
+    """
+
+    block: torch.Tensor
+    num_masked: torch.Tensor
+    num_steps: torch.Tensor
+
+    @classmethod
+    def plan(cls, num_masked: torch.Tensor, config: VMDGenerationConfig) -> "Rounds":
+        """From the number of masks in each block, (batch, N)."""
+        has_masks = num_masked > 0
+        block = has_masks.long().argsort(dim=-1, descending=True, stable=True)[:, : int(has_masks.sum(-1).max())]
+        num_masked = num_masked.gather(-1, block)
+        block = block.masked_fill(num_masked == 0, 0).cummax(-1).values
+        num_steps = num_masked if config.num_steps is None else step_schedule(num_masked, config.num_steps)
+        if config.corrector is not None and config.num_steps is not None:
+            num_steps = torch.full_like(num_masked, config.num_steps)
+        return cls(block, num_masked, num_steps)
+
+    def most_masked(self, index: int, config: VMDGenerationConfig) -> list[int]:
+        """Before each step of a round, the most masks that a row can have left."""
+        num_masked, num_steps = self.num_masked[:, index], self.num_steps[:, index]
+        steps = torch.arange(int(num_steps.max()))[:, None]
+        most = num_masked - num_revealed(steps, num_masked, num_steps)
+        if config.corrector is not None:  # no more are masked again in a step than were revealed before it
+            most = most.maximum(num_revealed(steps - 1, num_masked, num_steps))
+        return most.amax(-1).tolist()
+
+
 @dataclass
 class Canvas:
     """The sequences at work, on the model's grid (for whole sequences, the rows themselves as one block each).
@@ -350,7 +163,6 @@ class Canvas:
         masked: (batch, N * width) bool, positions still to be filled.
         given: (batch, N * width) bool, tokens that were there from the start.
         layout: Of the grid.
-        order: (batch, rounds) int64, the block that each row fills in each round, -1 where it has none left.
         padding: (batch, length), the rows as they were given, for what stands on padding.
         real: (batch, length) bool, what does not.
     """
@@ -359,20 +171,19 @@ class Canvas:
     masked: torch.Tensor
     given: torch.Tensor
     layout: Layout
-    order: torch.Tensor
     padding: torch.Tensor
     real: torch.Tensor
 
     @classmethod
-    def create(cls, sequences, attention_mask, layout: Layout, mask_token_id: int) -> "Canvas":
-        real = layout.scatter(attention_mask != 0, False)
+    def create(cls, sequences, real, layout: Layout, mask_token_id: int) -> "Canvas":
+        on_grid = layout.scatter(real, False)
         tokens = layout.scatter(sequences, 0)
-        masked = real & (tokens == mask_token_id)
-        unfilled = masked.unflatten(1, (layout.num_blocks, layout.width)).any(-1)
-        count = unfilled.sum(-1, keepdim=True)
-        order = unfilled.long().argsort(dim=-1, descending=True, stable=True)[:, : int(count.max())]
-        order = order.masked_fill(torch.arange(order.shape[1], device=order.device) >= count, -1)
-        return cls(tokens, masked, real & ~masked, layout, order, sequences, attention_mask != 0)
+        masked = on_grid & (tokens == mask_token_id)
+        return cls(tokens, masked, on_grid & ~masked, layout, sequences, real)
+
+    def num_masked(self) -> torch.Tensor:
+        """(batch, N) int64, of each block."""
+        return self.masked.unflatten(1, (self.layout.num_blocks, self.layout.width)).sum(-1)
 
     def sequences(self) -> torch.Tensor:
         """(batch, length) in the rows' own columns, a copy."""
@@ -386,120 +197,112 @@ class Canvas:
         """(batch, length) bool in the rows' own columns, still masked."""
         return self.real & self.layout.gather(self.masked)
 
+    def own_columns(self) -> torch.Tensor:
+        """(batch, N * width) int64: the column in the row of each column of the grid."""
+        columns = torch.arange(self.real.shape[1], device=self.tokens.device)
+        return self.layout.scatter(columns.expand_as(self.real), 0)
+
     def columns(self, first_block: torch.Tensor, num_blocks: int) -> torch.Tensor:
-        """(rows, num_blocks * width): the columns of `num_blocks` blocks from each row's `first_block` (rows,) on,
+        """(batch, num_blocks * width): the columns of `num_blocks` blocks from each row's `first_block` (batch,) on,
         the last ones of the grid again where there are no more."""
         width = self.layout.width
         columns = first_block[:, None] * width + torch.arange(num_blocks * width, device=first_block.device)
         return columns.clamp(max=self.tokens.shape[1] - 1)
 
-    def window(self, rows: torch.Tensor, block: torch.Tensor) -> Layout:
-        """Layout of one block of each of some rows."""
-        columns = self.columns(block, 1)
+    def window(self, block: torch.Tensor) -> Layout:
+        """Layout of one block (batch,) of each row."""
         layout = self.layout
+        if layout.document is None:
+            return layout
+        columns = self.columns(block, 1)
         return Layout(
             num_blocks=1,
             width=layout.width,
-            position_ids=layout.position_ids[rows].gather(-1, columns),
-            real=None if layout.real is None else layout.real[rows].gather(-1, columns),
-            document=None
-            if layout.document is None
-            else layout.document.expand_as(self.tokens)[rows].gather(-1, columns),
+            position_ids=layout.position_ids.gather(-1, columns),
+            real=None if layout.real is None else layout.real.gather(-1, columns),
+            document=layout.document.expand_as(self.tokens).gather(-1, columns),
             first_block=block[:, None],
         )
 
-    def clean_blocks(self, rows: torch.Tensor, first: torch.Tensor, stop: torch.Tensor, without_given: bool):
-        """Tokens, positions and places of blocks `first` to `stop` (rows,) of some rows, in as many columns as the
-        longest needs. `without_given` hides the given tokens from all others."""
-        count = int((stop - first).max())
-        columns = self.columns(first, count)
+    def clean_blocks(self, first: torch.Tensor, stop: torch.Tensor, num_blocks: int, without_given: bool):
+        """Tokens, positions and places of each row's blocks `first` to `stop` (batch,), `num_blocks` at most.
+        `without_given` hides the given tokens from all others."""
+        columns = self.columns(first, num_blocks)
         block = first[:, None] + torch.arange(columns.shape[1], device=columns.device) // self.layout.width
         hidden = block >= stop[:, None]
         if without_given:
-            hidden = hidden | self.given[rows].gather(-1, columns)
-        document = self.layout.document.expand_as(self.tokens)[rows].gather(-1, columns).masked_fill(hidden, EMPTY)
+            hidden = hidden | self.given.gather(-1, columns)
+        document = self.layout.document.expand_as(self.tokens).gather(-1, columns).masked_fill(hidden, EMPTY)
         places = Places(block, document, torch.ones_like(hidden))
-        return self.tokens[rows].gather(-1, columns), self.layout.position_ids[rows].gather(-1, columns), places
+        return self.tokens.gather(-1, columns), self.layout.position_ids.gather(-1, columns), places
 
-    def put(self, rows: torch.Tensor, block: torch.Tensor, tokens: torch.Tensor, masked: torch.Tensor):
-        columns = self.columns(block, 1)
-        self.tokens[rows[:, None], columns] = tokens
-        self.masked[rows[:, None], columns] = masked
+    def put(self, columns: torch.Tensor, tokens: torch.Tensor, masked: torch.Tensor) -> None:
+        self.tokens = self.tokens.scatter(-1, columns, tokens)
+        self.masked = self.masked.scatter(-1, columns, masked)
 
 
 class ContextReader:
     """What blocks at work see of the clean blocks before them: read once and kept in a transformers cache, or, without
-    a cache, read again in every pass. With guidance, rows from `batch` on are those without the prompt."""
+    a cache, read again in every pass. With guidance, rows from the batch's size on are those without the prompt.
 
-    def __init__(self, model_config, canvas: Canvas, config: VMDGenerationConfig):
+    Attributes:
+        context: For the next pass: the tokens that the cache holds, and those that are to be read now.
+    """
+
+    def __init__(self, model_config, canvas: Canvas, rounds: Rounds, config: VMDGenerationConfig):
         self.canvas = canvas
         self.guided = config.guidance_scale is not None
-        self.batch = len(canvas.tokens) * (2 if self.guided else 1)
         self.read: Places | None = None
         self.cache = None
+        self.context = CleanContext()
+        stop = rounds.block
+        self.first = torch.zeros_like(stop)
+        if config.use_cache:
+            self.first = torch.cat([self.first[:, :1], stop], dim=-1)[:, :-1]
+        self.num_blocks = (stop - self.first).amax(0).tolist()  # to be read in each round
         if config.use_cache and config.cache_implementation == "static":
-            before = canvas.order.clamp(min=0)
-            num_blocks = int(torch.diff(before, prepend=torch.zeros_like(before[:, :1])).clamp(min=0).amax(0).sum())
             num_layers = model_config.num_hidden_layers * model_config.num_loops
-            columns = max(num_blocks, 1) * canvas.layout.width
+            columns = max(sum(self.num_blocks), 1) * canvas.layout.width
             self.cache = Cache(layers=[StaticLayer(max_cache_len=columns) for _ in range(num_layers)])
         elif config.use_cache:
             self.cache = DynamicCache()
 
-    def context(self, rows: torch.Tensor, block: torch.Tensor, round_index: int, first_step: bool) -> CleanContext:
-        """For denoising `block` (rows,): the tokens that the cache holds, and those that are to be read now."""
+    def start(self, index: int, block: torch.Tensor) -> None:
+        """Begins a round, in which `block` (batch,) are filled."""
+        self.context = self._held()
+        num_blocks = self.num_blocks[index]
+        if num_blocks == 0:
+            return
+        first = self.first[:, index].to(block.device)
+        parts = [self.canvas.clean_blocks(first, block, num_blocks, without_given=False)]
+        if self.guided:
+            parts.append(self.canvas.clean_blocks(first, block, num_blocks, without_given=True))
+        tokens, positions, places = zip(*parts, strict=True)
+        self.context.input_ids, self.context.position_ids = torch.cat(tokens), torch.cat(positions)
+        self.context.new = stack_places(places)
+
+    def keep(self, keys_values) -> None:
+        """Writes what a pass has read into the cache."""
+        if self.cache is None or self.context.input_ids is None:
+            return
+        for index, pair in enumerate(keys_values):
+            self.cache.update(*pair, index)
+        new = self.context.new
+        self.read = new if self.read is None else join_places([self.read, new])
+        self.context = self._held()
+
+    def _held(self) -> CleanContext:
         context = CleanContext()
-        both = self._both(rows)
         if self.read is not None:
             # What a static cache has left.
             empty = self.cache.layers[0].keys.shape[2] - self.read.block.shape[1]
             context.read = Places(
-                pad(self._select(self.read.block, both), (0, empty)),
-                pad(self._select(self.read.document, both), (0, empty), value=EMPTY),
-                pad(self._select(self.read.clean, both), (0, empty), value=True),
+                pad(self.read.block, (0, empty)),
+                pad(self.read.document, (0, empty), value=EMPTY),
+                pad(self.read.clean, (0, empty), value=True),
             )
-            context.keys_values = [
-                (self._select(layer.keys, both), self._select(layer.values, both)) for layer in self.cache.layers
-            ]
-        if self.cache is not None and not first_step:
-            return context
-        first = torch.zeros_like(block)
-        if self.cache is not None and round_index:
-            first = self.canvas.order[rows, round_index - 1]
-        if not bool((block > first).any()):
-            return context
-        parts = [self.canvas.clean_blocks(rows, first, block, without_given=False)]
-        if self.guided:
-            parts.append(self.canvas.clean_blocks(rows, first, block, without_given=True))
-        tokens, positions, places = zip(*parts, strict=True)
-        context.input_ids, context.position_ids = torch.cat(tokens), torch.cat(positions)
-        context.new = stack_places(places)
+            context.keys_values = [(layer.keys, layer.values) for layer in self.cache.layers]
         return context
-
-    def keep(self, rows: torch.Tensor, context: CleanContext, keys_values) -> None:
-        """Writes what a pass has read into the cache."""
-        if self.cache is None or context.input_ids is None:
-            return
-        both = self._both(rows)
-        new = context.new.map(lambda value: value.contiguous())
-        if len(both) < self.batch:
-            new = Places(
-                *(
-                    fill.new_full((self.batch, fill.shape[1]), empty).index_copy(0, both, fill)
-                    for fill, empty in ((new.block, 0), (new.document, EMPTY), (new.clean, True))
-                )
-            )
-        for index, pair in enumerate(keys_values):
-            if len(both) < self.batch:
-                pair = tuple(part.new_zeros((self.batch, *part.shape[1:])).index_copy(0, both, part) for part in pair)
-            self.cache.update(*pair, index)
-        self.read = new if self.read is None else join_places([self.read, new])
-
-    def _both(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.cat([rows, rows + self.batch // 2]) if self.guided else rows
-
-    def _select(self, value: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return value if len(rows) == len(value) else value[rows]
 
 
 @dataclass
@@ -508,31 +311,35 @@ class GenerationState:
 
     config: VMDGenerationConfig
     canvas: Canvas
+    sampler: Sampler
+    host_rounds: Rounds  # what is known without asking the device
+    rounds: Rounds
     reader: ContextReader | None
     latents: torch.Tensor | None  # (batch, rounds, latent_size)
     given_latents: bool
-    generator: Generators
     num_forward_passes: torch.Tensor
     stopped: torch.Tensor
-    history: list[torch.Tensor]
     confidences: torch.Tensor  # (batch, N * width)
+    end_of_text: EndOfText | None
     logits_processor: LogitsProcessorList | None
     stopping_criteria: StoppingCriteriaList | None
     streamer: PrefixStreamer | None
+    history: list[torch.Tensor] | None  # from before the first step on
 
     def sequences(self) -> torch.Tensor:
         """(batch, length) in the rows' own columns, with everything after an end-of-sequence token padded."""
-        return pad_after_eos(self.canvas.sequences(), self.config)
+        return self.finish(self.canvas.sequences())
 
-    def generators(self, rows: torch.Tensor) -> Generators:
-        return [self.generator[row] for row in rows.tolist()] if isinstance(self.generator, list) else self.generator
+    def finish(self, sequences: torch.Tensor) -> torch.Tensor:
+        return sequences if self.end_of_text is None else self.end_of_text.pad_after(sequences)
 
 
-def execution_device(model) -> torch.device:
-    """Where the model computes: weights that are offloaded are moved there when they are used."""
-    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return model.device if device is None else torch.device(device)
+def execution_device(model, input_ids: torch.Tensor) -> torch.device:
+    """The model's device. Where accelerate keeps weights on another one (offloading, `device_map`), it is that of the
+    hook of the embeddings, and otherwise that of the inputs."""
+    device = getattr(getattr(model.get_input_embeddings(), "_hf_hook", None), "execution_device", None)
+    device = model.device if device is None else torch.device(device)
+    return input_ids.device if device.type == "meta" else device
 
 
 class VMDGenerationMixin:
@@ -590,11 +397,13 @@ class VMDGenerationMixin:
         attention_mask: torch.Tensor | None = None,
         generation_config: VMDGenerationConfig | None = None,
         *,
+        remasking: str | RemaskingRule | None = None,
         latents: torch.Tensor | None = None,
         generator: Generators = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         streamer: Any = None,
+        token_type_ids: Any = None,
         **kwargs,
     ) -> torch.LongTensor | VMDGenerateOutput:
         """Fills every mask token of `input_ids`; with `max_new_tokens`, appends that many masks first.
@@ -603,24 +412,40 @@ class VMDGenerationMixin:
         before it, but nothing after it. Given tokens in later blocks do not influence a gap before them; a model
         without blocks (`block_size=None`) fills gaps from both sides.
 
-        Tokens that are given never change. Each step runs the model once over the rows that still have masks,
-        predicts their masked positions and keeps as many as the schedule says: after step k of its T_n steps a row (or
-        block) of n masks has floor(k n / T_n) of them filled.
+        Tokens that are given never change. Each step runs the model once, predicts the masked positions and keeps as
+        many as the schedule says: after step k of its T_n steps a row (or block) of n masks has floor(k n / T_n) of
+        them filled. Rows that are done stay in the batch, unchanged and uncounted. The host waits for the device once
+        a block at most, but once a step where the number of steps depends on what is predicted
+        (`confidence_threshold`, `stopping_criteria`), or a generator for each row, a logits processor or a streamer
+        is given.
+
+        Inputs may be on any device: they are moved to the model's, on which all outputs are.
 
         Args:
             input_ids: (batch, length) int64; some are the mask token.
             attention_mask: (batch, length), 0 for padding on either side; padding is never filled.
             generation_config: Replaces the model's own.
+            remasking: A rule of [`VMDGenerationConfig`] by its name, or one of one's own: called at each step with
+                [`Candidates`] (rows, columns, logits, history, ...), it returns a confidence for each position,
+                (batch, k) float. The most confident positions are revealed (with `confidence_threshold` all that
+                exceed it). For example, first those whose left neighbour is known:
+
+                    def beside_known(candidates):
+                        known = candidates.history[-1] != model.config.mask_token_id
+                        return known[candidates.rows, (candidates.columns - 1).clamp(min=0)].float()
             latents: (batch, latent_size) float, instead of a draw from N(0, I). They are kept for all steps. With
-                blocks (batch, generated blocks, latent_size), for the blocks in which there is something to fill.
+                blocks (batch, generated blocks, latent_size), for the blocks in which there is something to fill. Of
+                a chain, states, int64: (batch, length) or (batch, generated blocks, block_size).
             generator: One for the batch, or a list of one for each row: then what a row gets does not depend on the
-                rest of the batch.
+                rest of the batch. One of another device than the model's (a CPU generator for an accelerator) seeds
+                one there.
             logits_processor: Called with `(sequences, scores)`, one row for each masked position: (positions, length)
                 and (positions, vocabulary).
             stopping_criteria: Called after each step with the sequences (batch, length), masks included; a row for
                 which it says so is left as it is.
             streamer: Gets the prefix of the sequence as it becomes final, the given prefix first. If it has a method
                 `put_draft`, that gets the sequences (batch, length) after every step, masks included.
+            token_type_ids: Ignored, so that `generate(**tokenizer(...))` works with tokenizers that return them.
             kwargs: Any field of [`VMDGenerationConfig`], which it overrides for this call.
 
         Returns:
@@ -630,226 +455,248 @@ class VMDGenerationMixin:
         Raises:
             ValueError: for wrong shapes, unknown or contradicting settings.
         """
-        input_ids = input_ids.long()
-        config = self._generation_settings(generation_config, kwargs)
+        config, rule = self._generation_settings(generation_config, remasking, kwargs)
         self._check_generation_inputs(input_ids, attention_mask, latents, generator, config)
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        device = execution_device(self, input_ids)
+        input_ids = input_ids.to(device).long()
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device)
         sequences, attention_mask = prepare_canvas(
             input_ids, attention_mask, config.max_new_tokens, self.config.mask_token_id
         )
-        check_length(attention_mask, self.config)
-        layout = self.model.lay_out(sequences, attention_mask)
-        canvas = Canvas.create(sequences, attention_mask, layout, self.config.mask_token_id)
+        real = attention_mask != 0
+        lengths = real.sum(-1).cpu()
+        check_length(lengths, self.config)
+        padded = bool((lengths < real.shape[1]).any())
+        layout = self.model.lay_out(sequences, attention_mask if padded else None)
+        canvas = Canvas.create(sequences, real, layout, self.config.mask_token_id)
+        host_rounds = Rounds.plan(canvas.num_masked().cpu(), config)
+        with_blocks = self.config.block_size is not None
+        has_end = config.eos_token_id is not None and config.max_new_tokens is not None
         state = GenerationState(
             config=config,
             canvas=canvas,
-            reader=None if self.config.block_size is None else ContextReader(self.config, canvas, config),
-            latents=self._round_latents(latents, canvas),
+            sampler=Sampler(config, rule, generators_on(generator, device)),
+            host_rounds=host_rounds,
+            rounds=Rounds(*(part.to(device) for part in host_rounds)),
+            reader=ContextReader(self.config, canvas, host_rounds, config) if with_blocks else None,
+            latents=self._round_latents(latents, host_rounds, layout.width, device),
             given_latents=latents is not None,
-            generator=generator,
-            num_forward_passes=torch.zeros_like(sequences[:, 0]),
-            stopped=torch.zeros_like(sequences[:, 0], dtype=torch.bool),
-            history=[],
+            num_forward_passes=torch.zeros_like(lengths, device=device),
+            stopped=torch.zeros_like(lengths, device=device, dtype=torch.bool),
             confidences=(~canvas.masked).float(),
+            end_of_text=EndOfText(config, device) if has_end else None,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             streamer=None if streamer is None else PrefixStreamer(streamer),
+            history=[sequences] if config.output_history or rule is not None else None,
         )
         if streamer is not None:
             state.streamer.put(sequences, canvas.open_columns())
-        for round_index in range(canvas.order.shape[1]):
-            rows = ((canvas.order[:, round_index] >= 0) & ~state.stopped).nonzero().squeeze(-1)
-            if len(rows) == 0:
+        may_stop = has_end or stopping_criteria is not None
+        for index in range(host_rounds.block.shape[1]):
+            working = (state.rounds.num_masked[:, index] > 0) & ~state.stopped
+            if may_stop and not working.any():
                 break
-            self._fill_blocks(state, rows, round_index)
+            self._fill_blocks(state, index, working, host_rounds.most_masked(index, config))
 
         sequences = state.sequences()
         if streamer is not None:
-            state.streamer.put(sequences, torch.zeros_like(sequences, dtype=torch.bool))  # a stopped row's rest
+            state.streamer.put(sequences, torch.zeros_like(real))  # a stopped row's rest
             streamer.end()
         if not config.return_dict_in_generate:
             return sequences
         return VMDGenerateOutput(
             sequences=sequences,
             num_forward_passes=state.num_forward_passes,
-            latents=state.latents.squeeze(1) if state.latents is not None and state.reader is None else state.latents,
-            history=tuple(state.history) if config.output_history else None,
+            latents=state.latents if state.latents is None or with_blocks else state.latents[:, 0],
+            history=tuple(map(state.finish, state.history[1:])) if config.output_history else None,
             confidences=canvas.in_rows(state.confidences, 1.0) if config.output_confidences else None,
         )
 
-    def _fill_blocks(self, state: GenerationState, rows: torch.Tensor, round_index: int) -> None:
-        """Fills one block (or the whole sequence) of each of `rows`."""
+    def _fill_blocks(self, state: GenerationState, index: int, working: torch.Tensor, most_masked: list[int]) -> None:
+        """Fills one block (or the whole sequence) of each row in `working` (batch,), those of the round `index`.
+        `most_masked`: for each step, how many masks a row has left before it at most."""
         config, canvas = state.config, state.canvas
-        block = canvas.order[rows, round_index]
-        columns = canvas.columns(block, 1)
-        tokens, masked = canvas.tokens[rows[:, None], columns], canvas.masked[rows[:, None], columns]
-        fillable = masked
-        probability = torch.zeros(masked.shape, device=masked.device)  # of the revealed tokens
-        num_maskable = masked.sum(-1)
-        row_steps = num_maskable if config.num_steps is None else step_schedule(num_maskable, config.num_steps)
-        if config.corrector is not None and config.num_steps is not None:
-            row_steps = torch.full_like(num_maskable, config.num_steps)
-        prior = None
-        if self.model.latent_prior is not None and not state.given_latents:
-            at_most = num_maskable
-            if config.confidence_threshold is None:
-                at_most = most_revealed(num_maskable, row_steps)
-            if (at_most >= self.config.latent_min_tokens).any():
-                prior = self._read_prior(state, rows, round_index)
-        modulation = None
-        step = 0
-        while len(active := (masked.any(-1) & ~state.stopped[rows]).nonzero().squeeze(-1)):
-            step += 1
-            if state.latents is not None and (step == 1 or config.resample_latents):
+        block, num_masked, num_steps = (part[:, index] for part in state.rounds)
+        columns, window = canvas.columns(block, 1), canvas.window(block)
+        masked = canvas.masked.gather(-1, columns)
+        work = SamplerState(
+            tokens=canvas.tokens.gather(-1, columns),
+            masked=masked,
+            fillable=masked & working[:, None],
+            num_fillable=num_masked,
+            num_steps=num_steps,
+            active=working,
+            probability=torch.zeros_like(masked, dtype=torch.float),
+        )
+        if state.sampler.rule is not None:
+            work.sequence_columns, work.history = canvas.own_columns().gather(-1, columns), state.history
+        given = None
+        if config.guidance_scale is not None:
+            given = canvas.given.gather(-1, columns)
+            window = window.select(torch.arange(len(block), device=block.device).repeat(2))
+        if state.reader is not None:
+            state.reader.start(index, block)
+        prior = self._read_prior(state, index, working)
+        conditioning = None
+        wait = config.confidence_threshold is not None or state.stopping_criteria is not None
+        for step, most in enumerate(most_masked, start=1):
+            work.active = working & ~state.stopped & work.masked.any(-1)
+            if wait:
+                most = int((work.masked & work.active[:, None]).sum(-1).max())
+                if most == 0:
+                    break
+            work.look_at_masked(most)
+            if self.config.gaussian_size and (step == 1 or config.resample_latents):
                 if not state.given_latents:
-                    state.latents[rows[active], round_index] = self._draw_latents(rows[active], state, prior, active)
-                modulation = self.model.condition(state.latents[rows, round_index, None])
-            open_now, done_now = masked[active], fillable[active] & ~masked[active]
-            before = num_revealed(step - 1, num_maskable, row_steps)[active]
-            after = num_revealed(step, num_maskable, row_steps)[active]
-            at_most = after - before if config.confidence_threshold is None else open_now.sum(-1)
-            chosen, confidence, chosen_probability = self._predict(
-                state,
-                rows[active],
-                round_index,
-                tokens[active],
-                masked[active],
-                None if modulation is None else self.model.for_steps(modulation[active], at_most[:, None]),
-                step == 1 and prior is None,
+                    state.latents[:, index] = self._draw_latents(state, work.active, prior, state.latents[:, index])
+                conditioning = self.model.condition(state.latents[:, index, None])
+            hidden_states = self._hidden_states(
+                state, work, window, given, self._conditioning(state, work, step, conditioning)
             )
-            again = torch.zeros_like(open_now)
-            if config.corrector is not None:
-                sigma = corrector_probability(
-                    done_now, probability[active], before, after, num_maskable[active], config
-                )
-                counts = [sigma.shape[1]] * len(active)
-                uniform = draw(torch.rand, counts, (), state.generators(rows[active]), sigma.device)
-                again = uniform.view_as(sigma) < sigma
-            count = after - done_now.sum(-1) + again.sum(-1)
-            if config.confidence_threshold is not None:
-                count = count.maximum((confidence > config.confidence_threshold).sum(-1)).clamp(min=1)
-            revealed = select_positions(confidence, open_now, count)
-            tokens[active] = torch.where(revealed, chosen, tokens[active]).masked_fill(
-                again, self.config.mask_token_id
+            logits, marginals = self._predict(state, work, hidden_states), None
+            if self.chain is not None:
+                logits, marginals, states = self._predict_by_chain(state, index, work, hidden_states, logits)
+            step_done = state.sampler(logits, work, step, marginals)
+            if self.chain is not None:
+                before = state.latents[:, index]
+                chosen = torch.where(step_done.revealed, states, before.gather(-1, work.columns))
+                state.latents[:, index] = before.scatter(-1, work.columns, chosen)
+            work.reveal(step_done, self.config.mask_token_id)
+            canvas.put(columns, work.tokens, work.masked)
+            self._after_step(state, work.active)
+        if config.output_confidences:
+            confidences = torch.where(
+                work.fillable & ~work.masked, work.probability, state.confidences.gather(-1, columns)
             )
-            masked = masked.index_copy(0, active, (open_now & ~revealed) | again)
-            if chosen_probability is not None:
-                probability[active] = torch.where(revealed, chosen_probability, probability[active])
-                state.confidences[rows[:, None], columns] = torch.where(
-                    fillable & ~masked, probability, (~fillable).float()
-                )
-            canvas.put(rows, block, tokens, masked)
-            self._after_step(state, rows[active])
+            state.confidences = state.confidences.scatter(-1, columns, confidences)
         self._after_blocks(state)
 
     def _after_step(self, state: GenerationState, active: torch.Tensor) -> None:
         """Counts, and shows the sequences to whoever wants them."""
-        state.num_forward_passes[active] += 1
+        state.num_forward_passes += active
+        if state.history is not None:
+            state.history.append(state.canvas.sequences())
         if state.stopping_criteria is not None:
             state.stopped |= state.stopping_criteria(state.canvas.sequences(), None)
-        if state.config.output_history or state.streamer is not None:
-            sequences = state.sequences()
-        if state.config.output_history:
-            state.history.append(sequences)
         if state.streamer is not None:
+            sequences = state.sequences()
             state.streamer.draft(sequences)
             if state.config.corrector is None:  # with one, nothing is final before its block is
                 state.streamer.put(sequences, state.canvas.open_columns())
 
     def _after_blocks(self, state: GenerationState) -> None:
         """Rows with an end-of-sequence token are finished; what is final is streamed."""
-        if (is_eos := new_eos_tokens(state.canvas.sequences(), state.config)) is not None:
-            state.stopped |= is_eos.any(-1)
+        if state.end_of_text is not None:
+            state.stopped |= state.end_of_text.ends(state.canvas.sequences()).any(-1)
         if state.streamer is not None:
             state.streamer.put(state.sequences(), state.canvas.open_columns())
 
-    def _predict(
+    def _hidden_states(
         self,
         state: GenerationState,
-        rows: torch.Tensor,
-        round_index: int,
-        tokens: torch.Tensor,
-        masked: torch.Tensor,
-        modulation: torch.Tensor | None,
-        first_step: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """One forward pass over the blocks of `rows`, tokens and masked both (rows, width), under the modulation by
-        their latents.
-
-        Returns:
-            Predicted tokens, their confidence under the remasking rule, and, if anybody asks, their probability, each
-            (rows, width); at positions that are not masked the last two are -inf.
-        """
-        config, canvas = state.config, state.canvas
-        block = canvas.order[rows, round_index]
-        layout, context = canvas.window(rows, block), None
+        work: SamplerState,
+        window: Layout,
+        given: torch.Tensor | None,
+        conditioning: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One forward pass over the blocks: (batch, width, hidden_size), with guidance extrapolated."""
+        inputs, scale = work.tokens, state.config.guidance_scale
+        if scale is not None:
+            inputs = torch.cat([inputs, inputs.masked_fill(given, self.config.mask_token_id)])
+            conditioning = None if conditioning is None else torch.cat([conditioning, conditioning])
+        context = None if state.reader is None else state.reader.context
+        outputs = self.model(inputs, layout=window, conditioning=conditioning, context=context, return_dict=True)
         if state.reader is not None:
-            context = state.reader.context(rows, block, round_index, first_step)
-        inputs = tokens
-        if config.guidance_scale is not None:
-            given = canvas.given[rows[:, None], canvas.columns(block, 1)]
-            inputs = torch.cat([tokens, tokens.masked_fill(given, self.config.mask_token_id)])
-            layout = layout.select(torch.arange(len(tokens), device=tokens.device).repeat(2))
-            modulation = None if modulation is None else torch.cat([modulation, modulation])
-        outputs = self.model(inputs, layout=layout, conditioning=modulation, context=context, return_dict=True)
-        if state.reader is not None:
-            state.reader.keep(rows, context, outputs.keys_values)
-        hidden_states = outputs.last_hidden_state
-        if config.guidance_scale is not None:
-            guided, unguided = hidden_states.chunk(2)
-            hidden_states = unguided + config.guidance_scale * (guided - unguided)
+            state.reader.keep(outputs.keys_values)
+        if scale is None:
+            return outputs.last_hidden_state
+        guided, unguided = outputs.last_hidden_state.chunk(2)
+        return unguided + scale * (guided - unguided)
 
-        places = masked.nonzero(as_tuple=True)
-        logits = self.compute_logits(hidden_states[places]).float()  # (positions, vocabulary)
-        if state.logits_processor is not None:
-            logits = state.logits_processor(canvas.sequences()[rows[places[0]]], logits)
-        counts = masked.sum(-1).tolist()
-        if config.do_sample:
-            # The largest of probabilities over independent exponentials falls on a token with its probability.
-            race = draw(exponential, counts, (logits.shape[-1],), state.generators(rows), logits.device)
-            chosen = (warp(logits, config).softmax(-1) / race).argmax(-1)
-        else:
-            chosen = logits.argmax(-1)
-        if config.remasking == "random":
-            confident = draw(torch.rand, counts, (), state.generators(rows), logits.device)
-        else:
-            confident = confidence_of(logits, chosen, config.remasking)
-        nowhere = torch.full(tokens.shape, -torch.inf, device=logits.device)
-        probability = None
-        if config.corrector == "confidence" or config.output_confidences:
-            probability = nowhere.index_put(places, confidence_of(logits, chosen, "top_prob"))
-        return tokens.index_put(places, chosen), nowhere.index_put(places, confident), probability
+    def _predict(self, state: GenerationState, work: SamplerState, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, k, vocabulary) float32 at the columns that the sampler looks at."""
+        columns = work.columns[..., None].expand(-1, -1, hidden_states.shape[-1])
+        logits = self.compute_logits(hidden_states.gather(1, columns)).float()
+        if state.logits_processor is not None:  # sees masked positions only
+            rows, _ = work.candidates.nonzero(as_tuple=True)
+            scores = state.logits_processor(state.canvas.sequences()[rows], logits[work.candidates])
+            logits[work.candidates] = scores
+        return logits
 
-    def _round_latents(self, latents: torch.Tensor | None, canvas: Canvas) -> torch.Tensor | None:
-        """(batch, rounds, latent_size): the given ones, or room for those to be drawn."""
+    def _predict_by_chain(
+        self, state: GenerationState, index: int, work: SamplerState, hidden_states: torch.Tensor, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Logits of tokens given the states that are drawn here, of their marginals, if anything depends on them, each
+        (batch, k, vocabulary) float32, and these states (batch, k) int64."""
+        chain, columns = self.chain, work.columns
+        transitions = chain.transitions(hidden_states)
+        if state.given_latents:
+            states = state.latents[:, index]
+        else:
+            noise = None
+            if state.config.latent_scale:
+                masked = work.masked & work.active[:, None]
+                noise = draw_for(masked, exponential, (chain.num_states,), state.sampler.generator)
+            states = draw_states(transitions, work.masked, noise)
+        states = states.gather(-1, columns)
+        hidden_states = hidden_states.gather(1, columns[..., None].expand(-1, -1, hidden_states.shape[-1]))
+        flat = hidden_states.flatten(0, 1), logits.flatten(0, 1)
+        marginals = None
+        if state.sampler.needs_confidence():
+            of_states = state_marginals(transitions, work.masked)
+            of_states = of_states.gather(1, columns[..., None].expand(-1, -1, chain.num_states))
+            marginals = chain.marginal_log_probs(*flat, of_states.flatten(0, 1)).view_as(logits)
+        return chain.token_log_probs(*flat, states.flatten()).view_as(logits), marginals, states
+
+    def _conditioning(
+        self, state: GenerationState, work: SamplerState, step: int, conditioning: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """That of the blocks which reveal enough tokens in this step to have a latent."""
+        if conditioning is None or self.config.latent_min_tokens == 1:
+            return conditioning
+        at_most = work.num_revealed(step) - work.num_revealed(step - 1)
+        if state.config.confidence_threshold is not None:
+            at_most = work.masked.sum(-1)
+        return self.model.for_steps(conditioning, at_most[:, None])
+
+    def _round_latents(self, latents, rounds: Rounds, width: int, device: torch.device) -> torch.Tensor | None:
+        """(batch, rounds, latent_size), or the states of a chain, (batch, rounds, width) int64: the given ones, or
+        room for those to be drawn."""
         if self.config.latent_size == 0:
             return None
-        batch, rounds = canvas.order.shape
-        size = self.config.latent_size
+        of_chain = self.chain is not None
+        batch, num_rounds = rounds.block.shape
+        shape = (batch, num_rounds, width if of_chain else self.config.latent_size)
         if self.config.block_size is None:
-            rounds = 1
+            shape = (batch, 1, shape[2])
         if latents is None:
-            return torch.zeros(batch, rounds, size, device=self.device)
+            return torch.zeros(shape, device=device, dtype=torch.long if of_chain else torch.float)
         if self.config.block_size is None:
-            return latents.clone()[:, None]
-        if latents.shape != (batch, rounds, size):
+            latents = latents[:, None]
+        if latents.shape != shape:
+            names = "block_size" if of_chain else "latent_size"
             raise ValueError(
-                "latents must have shape (batch, generated blocks, latent_size) = "
-                f"{(batch, rounds, size)}, got {tuple(latents.shape)}"
+                f"latents must have shape (batch, generated blocks, {names}) = {shape}, got {tuple(latents.shape)}"
             )
-        return latents.clone()
+        return latents.to(device, copy=True)
 
     def _read_prior(
-        self, state: GenerationState, rows: torch.Tensor, round_index: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A pass over the clean tokens before the blocks of `rows`: mean and log-variance of p(z | these tokens), each
-        (rows, latent_size)."""
-        canvas, block = state.canvas, state.canvas.order[rows, round_index]
-        context = state.reader.context(rows, block, round_index, True)
-        before = torch.zeros(len(rows), self.config.hidden_size, device=self.device, dtype=self.dtype)
+        self, state: GenerationState, index: int, working: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A pass over the clean tokens before the blocks: mean and log-variance of p(z | these tokens), each (batch,
+        latent_size); `None` for a prior of N(0, I), or where no block has a latent to be drawn."""
+        if self.model.latent_prior is None or state.given_latents:
+            return None
+        most = state.host_rounds.num_masked[:, index]
+        if state.config.confidence_threshold is None:
+            most = most_revealed(most, state.host_rounds.num_steps[:, index])
+        if most.max() < self.config.latent_min_tokens:
+            return None
+        context, block = state.reader.context, state.rounds.block[:, index]
+        before = torch.zeros(len(block), self.config.hidden_size, device=block.device, dtype=self.dtype)
         if context.input_ids is not None:
-            width = canvas.layout.width
-            first = context.new.block[:, :1]
+            width, first = state.canvas.layout.width, context.new.block[:, :1]
             new = Layout(
                 num_blocks=context.input_ids.shape[1] // width,
                 width=width,
@@ -859,21 +706,25 @@ class VMDGenerationMixin:
                 first_block=first,
             )
             hidden_states, read = self.model.read(context.input_ids, new, context.without_new())
-            state.reader.keep(rows, context, read.keys_values)
-            last = (block - first[: len(rows), 0]) * width - 1  # -1: nothing before the block
-            state.num_forward_passes[rows[last >= 0]] += 1
-            before = hidden_states[torch.arange(len(rows)), last] * (last >= 0)[:, None]
+            state.reader.keep(read.keys_values)
+            last = (block - first[: len(block), 0]) * width - 1  # -1: nothing before the block
+            state.num_forward_passes += working & (last >= 0)
+            rows = torch.arange(len(block), device=block.device)
+            before = hidden_states[rows, last] * (last >= 0)[:, None]
         return self.model.latent_prior(before)
 
-    def _draw_latents(self, rows, state: GenerationState, prior=None, active=None) -> torch.Tensor:
-        sizes = [1] * len(rows), (self.config.latent_size,)
-        noise = state.config.latent_scale * draw(torch.randn, *sizes, state.generators(rows), self.device)
-        if prior is None:
-            return noise
-        mean, log_variance = prior
-        return mean[active] + (0.5 * log_variance[active]).exp() * noise
+    def _draw_latents(self, state: GenerationState, active, prior, latents) -> torch.Tensor:
+        """(batch, latent_size): fresh ones for the rows in `active`, those of the others as they are."""
+        noise = draw_for(active[:, None], torch.randn, latents.shape[-1:], state.sampler.generator)[:, 0]
+        drawn = state.config.latent_scale * noise
+        if prior is not None:
+            mean, log_variance = prior
+            drawn = mean + (0.5 * log_variance).exp() * drawn
+        return torch.where(active[:, None], drawn, latents)
 
-    def _generation_settings(self, generation_config, kwargs) -> VMDGenerationConfig:
+    def _generation_settings(
+        self, generation_config, remasking, kwargs
+    ) -> tuple[VMDGenerationConfig, RemaskingRule | None]:
         if generation_config is None:
             config = copy.deepcopy(self.generation_config)
         elif isinstance(generation_config, VMDGenerationConfig):
@@ -886,15 +737,17 @@ class VMDGenerationMixin:
             )
         if unknown := kwargs.keys() - vars(config).keys():
             raise ValueError(f"generate knows no argument {', '.join(map(repr, sorted(unknown)))}")
+        if remasking is not None and not callable(remasking):
+            kwargs["remasking"] = remasking
         config.update(**kwargs)
-        return config
+        return config, remasking if callable(remasking) else None
 
     def _check_generation_inputs(self, input_ids, attention_mask, latents, generator, config):
         if self.config.mask_token_id is None:
             raise ValueError("mask_token_id must be set in the config to generate, got None")
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids must have shape (batch, length), got {tuple(input_ids.shape)}")
-        if len(input_ids) == 0 or not (input_ids.shape[1] or config.max_new_tokens):
+        if input_ids.shape[0] == 0 or not (input_ids.shape[1] or config.max_new_tokens):
             raise ValueError(
                 "input_ids must have at least one row, and one column unless max_new_tokens is given, got shape "
                 f"{tuple(input_ids.shape)}"
@@ -904,16 +757,30 @@ class VMDGenerationMixin:
                 f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got "
                 f"{tuple(attention_mask.shape)}"
             )
-        check_generators(generator, len(input_ids))
+        check_generators(generator, input_ids.shape[0])
+        if self.chain is not None and config.latent_scale not in (0, 1):
+            raise ValueError(
+                "latent_scale must be 1 (states that are drawn) or 0 (the most probable ones) for a chain, got "
+                f"{config.latent_scale}"
+            )
         if latents is None:
             return
-        shape = (len(input_ids), self.config.latent_size)
         if self.config.latent_size == 0:
             raise ValueError("latents must be None for a model with latent_size = 0")
-        if self.config.block_size is None and latents.shape != shape:
-            raise ValueError(f"latents must have shape (batch, latent_size) = {shape}, got {tuple(latents.shape)}")
         if config.resample_latents:
             raise ValueError("latents must be None with resample_latents=True, which draws them at every step")
+        rows, size, name = input_ids.shape[0], self.config.latent_size, "latent_size"
+        if self.chain is not None:
+            size, name = input_ids.shape[1] + (config.max_new_tokens or 0), "length"
+            if latents.is_floating_point() or (
+                latents.numel() and not 0 <= latents.min() <= latents.max() < self.config.latent_size
+            ):
+                raise ValueError(
+                    f"latents must be states of the chain, integers from 0 to {self.config.latent_size - 1}, got "
+                    f"{latents.dtype} from {latents.min()} to {latents.max()}"
+                )
+        if self.config.block_size is None and latents.shape != (rows, size):
+            raise ValueError(f"latents must have shape (batch, {name}) = {(rows, size)}, got {tuple(latents.shape)}")
 
 
 __all__ = ["VMDGenerateOutput", "VMDGenerationConfig", "VMDGenerationMixin"]

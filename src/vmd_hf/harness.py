@@ -2,8 +2,8 @@
 
     vmd-hf lm-eval --model vmd --model_args pretrained=model_cards/vmd-d1,num_steps=1 --tasks NAME --include_path DIR
 
-The harness finds models by name only after the module that defines them was imported, which its own command has no way
-to be told; `vmd-hf lm-eval` is that command with this module imported. In Python:
+The harness finds models by name only after the module that defines them was imported, for which its own command has no
+option; `vmd-hf lm-eval` is that command with this module imported. In Python:
 
     import vmd_hf.harness
     lm_eval.simple_evaluate(model="vmd", model_args={"pretrained": "model_cards/vmd-d1"}, tasks=[...])
@@ -11,7 +11,6 @@ to be told; `vmd-hf lm-eval` is that command with this module imported. In Pytho
 
 import json
 import logging
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -21,9 +20,9 @@ from itertools import groupby
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from .hub import load_tokenizer
+from .hub import check_tokenizer, default_device, load_model, load_tokenizer
 from .likelihood import Bound, nelbo
 from .modeling_vmd import VMDForMaskedDiffusion
 
@@ -114,9 +113,11 @@ class VMDLM(TemplateLM):
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+        if device == "cuda:0" and not torch.cuda.is_available():
+            device = None  # what the command passes where --device was not given
         model = pretrained
         if isinstance(pretrained, str):
-            model = AutoModelForMaskedLM.from_pretrained(pretrained)
+            model = load_model(pretrained, device)
             tokenizer = tokenizer or load_tokenizer(pretrained)
         if not isinstance(model, VMDForMaskedDiffusion):
             raise ValueError(f"pretrained must be a VMDForMaskedDiffusion, got {type(model).__name__}")
@@ -127,10 +128,8 @@ class VMDLM(TemplateLM):
             raise ValueError(
                 f"max_length must lie between 1 and max_position_embeddings = {longest}, got {max_length}"
             )
-        unasked = device == "cuda:0" and not torch.cuda.is_available()  # what the command passes without --device
-        if device is None or unasked:
-            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        self.model = model.to(device).eval()
+        check_tokenizer(tokenizer, model.config)
+        self.model = model.to(device or default_device()).eval()
         self.tokenizer = tokenizer
         self.bound = bound or ("per_sample" if model.config.objective == "per_sample" else "per_step")
         self.num_steps = model.generation_config.num_steps if num_steps is None else num_steps
@@ -311,14 +310,6 @@ def cut(text: str, until: list[str]) -> str:
 
 def _generators(batch: list[_Row]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(row.seed) for row in batch]
-
-
-def main(argv: list[str]) -> None:
-    """The harness's own command, to which the model `vmd` is known."""
-    from lm_eval.__main__ import cli_evaluate
-
-    sys.argv[1:] = argv
-    cli_evaluate()
 
 
 __all__ = ["VMDLM", "cut", "request_seed", "rolling_windows"]

@@ -25,14 +25,24 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .generation_vmd import Generators, check_generators, draw, execution_device
+from .generation_vmd import execution_device
 from .latents_vmd import draw_latents, gaussian_kl
 from .modeling_vmd import VMDForMaskedDiffusion
 from .noise_vmd import reveal_rank
-from .objective_vmd import CleanBatch, block_cross_entropy, denoise, posterior, read_clean
+from .objective_vmd import (
+    CleanBatch,
+    block_cross_entropy,
+    chain_cross_entropy,
+    denoise,
+    marginal_logits,
+    posterior,
+    read_clean,
+)
+from .sampling_vmd import Generators, check_generators, confidence_of, draw, select_positions
 from .schedule_vmd import most_revealed, num_revealed, step_schedule
 
 Bound = Literal["per_sample", "per_step"]
+Order = Literal["random", "left_to_right", "top_prob", "top_prob_margin", "entropy"]
 
 
 @dataclass
@@ -107,11 +117,14 @@ def nelbo(
     num_steps: int = 1,
     num_samples: int = 1,
     num_orders: int = 1,
+    order: Order = "random",
     batch_size: int | None = None,
     generator: Generators = None,
     show_progress: bool = False,
 ) -> NELBOOutput:
     """A bound on -log p(x_0) under a sampler of `num_steps` steps, for each row.
+
+    Without a Gaussian latent it is exact for one step, and for any number of steps in another than random order.
 
     Args:
         model: A [`VMDForMaskedDiffusion`], or PEFT's wrapper of one. It is run in evaluation mode.
@@ -129,6 +142,10 @@ def nelbo(
             `per_sample` runs each z through all steps of one order, `per_step` weights the draws within each step.
             Without a latent there is nothing to draw, and it has no effect.
         num_orders: Draws of the order and all latents, over which the result is averaged.
+        order: `"random"`: the expectation over orders. Otherwise the exact -log p(x_0) of the sampler that reveals
+            tokens from left to right, or the most confident ones by a rule of `generate` (DUEL, arXiv 2603.01367):
+            their order is a function of what was revealed before, and not of what is drawn (under `"top_prob"`, of
+            the largest probability and not that of the token that was drawn). Not with a Gaussian latent.
         batch_size: Sequences in one forward pass (rows, steps, orders and samples are folded into it); default: as
             many as there are rows. The result does not depend on it.
         generator: One for the batch, or a list of one for each row: then a row's value does not depend on the rest of
@@ -142,20 +159,30 @@ def nelbo(
         ValueError: for wrong shapes or settings, for labels that differ from the inputs or are the mask or pad token,
             for a model without a mask token.
     """
+    if order not in get_args(Order):
+        raise ValueError(f"order must be one of {get_args(Order)}, got {order!r}")
     _check_settings(bound, num_steps, num_samples, num_orders, batch_size, generator, input_ids)
     model = _base_model(model)
     with _evaluation_mode(model):
-        input_ids, attention_mask, position_ids, labels = (
-            None if part is None else part.to(execution_device(model))
-            for part in (input_ids, attention_mask, position_ids, labels)
+        device = execution_device(model, input_ids)
+        input_ids, labels, attention_mask, position_ids = (
+            None if part is None else part.to(device) for part in (input_ids, labels, attention_mask, position_ids)
         )
         if labels is None:
             labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
         batch = read_clean(model, input_ids, labels, attention_mask, position_ids)
         num_maskable = batch.maskable.sum(-1)  # (batch, N)
         row_steps = step_schedule(num_maskable, num_steps)
+        if order != "random":
+            if model.config.gaussian_size:
+                raise ValueError(
+                    f"order must be 'random' with a Gaussian latent, whose z it would depend on, got {order!r}"
+                )
+            chunks = torch.arange(len(input_ids), device=row_steps.device).split(batch_size or len(input_ids))
+            found = torch.cat([_follow(model, batch.select(rows), row_steps[rows], order) for rows in chunks])
+            return NELBOOutput(found, torch.zeros_like(found), found, torch.zeros_like(found), num_maskable.sum(-1))
         has_latent = most_revealed(num_maskable, row_steps) >= model.config.latent_min_tokens
-        has_latent = has_latent & (model.config.latent_size > 0)  # (batch, N): whether some step has one
+        has_latent = has_latent & (model.config.gaussian_size > 0)  # (batch, N): whether some step has one
         num_samples = num_samples if has_latent.any() else 1
         noise = _draw_noise(model, batch, row_steps, has_latent, bound, num_samples, num_orders, generator)
         batch_size = batch_size or len(input_ids)
@@ -189,7 +216,7 @@ def corpus_bound(
     Args:
         model: As in [`nelbo`].
         batches: Batches (a `DataLoader`, a list) with `input_ids` and, where needed, `labels`, `attention_mask` and
-            `position_ids`; other entries are ignored. They are moved to the model's device.
+            `position_ids`; other entries are ignored. They may be on any device.
         show_progress: Whether to show a bar.
         settings: `bound`, `num_steps` and so on, of [`nelbo`].
 
@@ -199,17 +226,16 @@ def corpus_bound(
     Raises:
         ValueError: as [`nelbo`] does, and if no token is scored.
     """
-    device = _base_model(model).device
     names = ("input_ids", "labels", "attention_mask", "position_ids")
     nats, kl, tokens = [], [], []
     for batch in tqdm(batches, disable=not show_progress):
-        inputs = {name: batch[name].to(device) for name in names if batch.get(name) is not None}
+        inputs = {name: batch[name] for name in names if batch.get(name) is not None}
         output = nelbo(model, **inputs, **settings)
         scored = output.num_tokens > 0
-        nats.append(output.nelbo[scored].double().cpu())
-        tokens.append(output.num_tokens[scored].double().cpu())
+        nats.append(output.nelbo[scored].cpu().double())
+        tokens.append(output.num_tokens[scored].cpu().double())
         if output.kl is not None:
-            kl.append(output.kl[scored].double().cpu())
+            kl.append(output.kl[scored].cpu().double())
     num_tokens = int(sum(part.sum() for part in tokens))
     if num_tokens == 0:
         raise ValueError("batches must hold at least one scored token, got none")
@@ -257,9 +283,11 @@ def _draw_noise(model, batch: CleanBatch, row_steps, has_latent, bound, num_samp
         return _Noise(rank, None)
     groups = torch.arange(int(row_steps.max()) if bound == "per_step" else 1, device=device)
     of_step = groups < row_steps[..., None]  # (batch, N, groups)
-    latent = torch.zeros(*of_step.shape, num_orders, num_samples, model.config.latent_size, device=device)
+    latent = torch.zeros(*of_step.shape, num_orders, num_samples, model.config.gaussian_size, device=device)
     counts = of_step.sum((-2, -1)).tolist()
-    latent[of_step] = draw(torch.randn, counts, (num_orders, num_samples, model.config.latent_size), generator, device)
+    latent[of_step] = draw(
+        torch.randn, counts, (num_orders, num_samples, model.config.gaussian_size), generator, device
+    )
     return _Noise(rank, latent)
 
 
@@ -325,8 +353,40 @@ def _cross_entropy(model, rows: CleanBatch, masked, revealed, latents, num_sampl
         outputs = denoise(
             model, chunk, masked[state], revealed[state].sum(-1), None if latents is None else latents[index]
         )
-        parts.append(block_cross_entropy(model, outputs.last_hidden_state, chunk.x_0, revealed[state]))
+        if model.chain is None:
+            parts.append(block_cross_entropy(model, outputs.last_hidden_state, chunk.x_0, revealed[state]))
+        else:
+            joint = torch.ones_like(revealed[state][..., 0])
+            parts.append(
+                chain_cross_entropy(model, outputs.last_hidden_state, chunk, masked[state], revealed[state], joint)
+            )
     return torch.cat(parts).unflatten(0, (len(masked), num_samples))
+
+
+def _follow(model, batch: CleanBatch, row_steps, order: Order) -> torch.Tensor:
+    """-log p(x_0) in nats, (batch,), of the sampler that reveals tokens in an order of its own."""
+    masked, num_maskable = batch.maskable, batch.maskable.sum(-1)
+    joint = torch.ones_like(num_maskable, dtype=torch.bool)
+    total = torch.zeros(len(masked), device=masked.device)
+    for step in range(1, int(row_steps.max()) + 1):
+        count = masked.sum(-1) - (num_maskable - num_revealed(step, num_maskable, row_steps))
+        hidden_states = denoise(model, batch, masked, count).last_hidden_state
+        if order == "left_to_right":
+            revealed = masked & (masked.cumsum(-1) <= count[..., None])
+        else:
+            confidence = masked.new_zeros(masked.shape, dtype=torch.float)
+            logits = marginal_logits(model, hidden_states, batch, masked)
+            confidence[masked] = confidence_of(logits, logits.argmax(-1), order)
+            revealed = select_positions(confidence.flatten(0, 1), masked.flatten(0, 1), count.flatten()).view_as(
+                masked
+            )
+        if model.chain is None:
+            losses = block_cross_entropy(model, hidden_states, batch.x_0, revealed)
+        else:
+            losses = chain_cross_entropy(model, hidden_states, batch, masked, revealed, joint)
+        total += losses.sum(-1)
+        masked = masked & ~revealed
+    return total
 
 
 def _standard_error(draws: torch.Tensor, is_random: torch.Tensor) -> torch.Tensor:

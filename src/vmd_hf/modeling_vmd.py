@@ -13,13 +13,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .backbones_vmd import VMDBackbone, backbone_settings, load_masked_lm
 from .blocks_vmd import CleanContext, Layout, block_attention_mask, join_places
+from .chain_vmd import VMDChain
 from .checks_vmd import check_shape
 from .configuration_vmd import VMDConfig
 from .denoiser_vmd import VMDDenoiser, VMDModelOutput, gather_hidden_states
 from .generation_vmd import VMDGenerationConfig, VMDGenerationMixin
 from .latents_vmd import VMDConditioner, VMDLatentEncoder, VMDLatentPrior, VMDPositionInputs
 from .layers_vmd import VMDLayer
-from .objective_vmd import corrupt, read_clean, variational_loss
+from .objective_vmd import chain_loss, corrupt, read_clean, variational_loss
 from .saving_vmd import VMDPreTrainedModel
 
 
@@ -91,10 +92,10 @@ class VMDModel(VMDDenoiser):
             raise ValueError("a model with a backbone_config is a VMDForMaskedDiffusion (AutoModelForMaskedLM)")
         super().__init__(config)
         self.embeddings = VMDEmbeddings(config)
-        conditioned = config.latent_size > 0 and config.latent_input != "position_slices"
+        conditioned = config.gaussian_size > 0 and config.latent_input != "position_slices"
         self.layers = nn.ModuleList(VMDLayer(config, index, conditioned) for index in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
-        self.conditioner = VMDConditioner(config) if config.latent_size else None
+        self.conditioner = VMDConditioner(config) if config.gaussian_size else None
         self.position_inputs = VMDPositionInputs(config) if config.latent_input != "layers" else None
         self.latent_prior = VMDLatentPrior(config) if config.prior == "learned" else None
         rotary = config.position_embedding_type in ("rotary", "both")
@@ -192,7 +193,8 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         else:
             self._tied_weights_keys = None  # the backbone's own are
-        self.latent_encoder = VMDLatentEncoder(config) if config.latent_size else None
+        self.latent_encoder = VMDLatentEncoder(config) if config.gaussian_size else None
+        self.chain = VMDChain(config) if config.num_states else None
         self.post_init()
 
     @classmethod
@@ -303,7 +305,10 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             check_shape("position_noise", position_noise, input_ids.shape)
             position_noise = batch.layout.scatter(position_noise, 0.0)
         corruption, noise = corrupt(self, batch, times, position_noise, latent_noise, noise_seeds)
-        loss = variational_loss(self, batch, corruption, noise, num_items_in_batch, **kwargs)
+        if self.chain is not None:
+            loss = chain_loss(self, batch, corruption, num_items_in_batch, **kwargs)
+        else:
+            loss = variational_loss(self, batch, corruption, noise, num_items_in_batch, **kwargs)
         return VMDMaskedDiffusionOutput(
             loss=loss.loss,
             reconstruction_loss=loss.reconstruction_loss,
@@ -317,7 +322,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
     def kl_weight(self) -> float | torch.Tensor:
         """Weight of the KL term; in training it warms up, and a call with gradients counts as a step of it."""
         beta = self.config.kl_weight
-        if not (self.training and self.config.kl_warmup_steps and self.config.latent_size):
+        if not (self.training and self.config.kl_warmup_steps and self.config.gaussian_size):
             return beta
         progress = self.latent_encoder.kl_warmup_progress
         if torch.is_grad_enabled():

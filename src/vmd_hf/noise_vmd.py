@@ -63,19 +63,27 @@ def corrupt_at_time(maskable: torch.Tensor, times: torch.Tensor, position_noise:
 
 
 def corrupt_before_step(
-    maskable: torch.Tensor, times: torch.Tensor, position_noise: torch.Tensor, objective_steps: list[int]
+    maskable: torch.Tensor,
+    times: torch.Tensor,
+    position_noise: torch.Tensor,
+    objective_steps: list[int],
+    left_to_right: float = 0.0,
 ) -> Corruption:
     """State of the few-step objectives: before a uniformly random step k of a random number of steps T.
 
     `times` picks T from `objective_steps` and then k in 1..T_n, each uniformly; the order in which tokens are
-    revealed is that of `position_noise`. The weight is T_n, which is unbiased for the sum over steps.
+    revealed is that of `position_noise`, or, for a share `left_to_right` of the blocks, which `times` picks too, from
+    left to right. The weight is T_n, which is unbiased for the sum over steps.
     Arguments as in [`corrupt_at_time`], with `times` in [0, 1).
     """
     num_maskable = maskable.sum(-1)
     choice = times.clamp(max=1 - 2**-24) * len(objective_steps)
     row_steps = step_schedule(num_maskable, torch.tensor(objective_steps, device=times.device)[choice.long()])
-    step = (choice.frac() * row_steps).long() + 1
+    step = choice.frac() * row_steps
     rank = reveal_rank(position_noise, maskable)
+    if left_to_right:
+        rank = torch.where((step.frac() < left_to_right)[..., None], maskable.cumsum(-1) - 1, rank)
+    step = step.long() + 1
     before = num_revealed(step - 1, num_maskable, row_steps)[..., None]
     after = num_revealed(step, num_maskable, row_steps)[..., None]
     masked = maskable & (rank >= before)

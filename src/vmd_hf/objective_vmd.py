@@ -15,6 +15,9 @@ the sampler with a latent per step. Where z does not depend on A_k (or there is 
 expectation over A_k, a share of R(M_t) (see `scored_tokens`). The sum over the batch is divided by its number of
 labelled tokens, or by `num_items_in_batch`.
 
+With a chain (`chain_vmd.py`) there is no KL, and R(A) = -log p(x_A | x_t), the joint probability, is exact. For a step
+of `per_step` that reveals one token, its expectation over which one it is, is the mean of the marginals of M_t.
+
 The same pieces, corruption aside, make the likelihood bounds (`vmd_hf.nelbo`).
 """
 
@@ -25,6 +28,7 @@ import torch
 from torch.nn import functional as F
 
 from .blocks_vmd import CleanContext, Layout
+from .chain_vmd import chain_log_probs, state_marginals
 from .checks_vmd import check_keywords, check_labels, check_noise, check_shape
 from .latents_vmd import draw_latents, gaussian_kl, standardised
 from .noise_vmd import (
@@ -126,9 +130,9 @@ def corrupt(
     `noise_seeds`; shapes as in `VMDForMaskedDiffusion.forward`, but `position_noise`, which is on the grid.
     """
     config, layout, (rows, num_blocks, _) = model.config, batch.layout, batch.x_0.shape
-    per_block = config.objective_draws, config.latent_size
+    per_block = config.objective_draws, config.gaussian_size
     given_shape = (rows,) if config.block_size is None else (rows, num_blocks)
-    given_draws = per_block if config.objective_draws > 1 else (config.latent_size,)
+    given_draws = per_block if config.objective_draws > 1 else (config.gaussian_size,)
     check_noise(times, None, latent_noise, (given_shape, None), given_draws, config)
     if noise_seeds is not None:
         check_shape("noise_seeds", noise_seeds, (rows,))
@@ -149,7 +153,9 @@ def corrupt(
     if config.objective == "vmd":
         corruption = corrupt_at_time(batch.maskable, noise.times, noise.positions)
     else:
-        corruption = corrupt_before_step(batch.maskable, noise.times, noise.positions, config.objective_steps)
+        corruption = corrupt_before_step(
+            batch.maskable, noise.times, noise.positions, config.objective_steps, config.left_to_right
+        )
     return corruption, noise.latents
 
 
@@ -217,6 +223,62 @@ def block_cross_entropy(model, hidden_states: torch.Tensor, x_0: torch.Tensor, s
     return blocks.index_add(0, index // x_0.shape[2], losses).view(x_0.shape[:2])
 
 
+def chain_cross_entropy(
+    model,
+    hidden_states: torch.Tensor,
+    batch: CleanBatch,
+    masked: torch.Tensor,
+    scored: torch.Tensor,
+    joint: torch.Tensor,
+) -> torch.Tensor:
+    """-log p(x_A | x_t) of each block, (batch, N) float32, in nats, or, where not `joint`, the sum of the tokens'
+    marginals.
+
+    Args:
+        hidden_states: (batch, N * width, hidden), of the denoiser.
+        masked, scored: (batch, N, width) bool, M_t and A. Logits are computed for scored tokens only.
+        joint: (batch, N) bool.
+    """
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        hidden_states = batch.layout.blocks(hidden_states).flatten(0, 1)
+        transitions = model.chain.transitions(hidden_states, batch.layout.restarts())
+        index = scored.flatten().nonzero().squeeze(-1)
+        states = hidden_states.flatten(0, 1)[index]
+        log_probs = model.chain.emission_log_probs(states, model.compute_logits(states), batch.x_0.flatten()[index])
+        emissions = log_probs.new_zeros(scored.numel(), log_probs.shape[-1]).index_copy(0, index, log_probs)
+        masked, scored = masked.flatten(0, 1), scored.flatten(0, 1)
+        found = chain_log_probs(transitions, emissions.view(*masked.shape, -1), masked, scored, joint.flatten())
+    return -found.sum(-1).view(batch.x_0.shape[:2])
+
+
+def marginal_logits(model, hidden_states: torch.Tensor, batch: CleanBatch, masked: torch.Tensor) -> torch.Tensor:
+    """Logits of p(x^i | x_t) of each masked token, (tokens, vocabulary) float32, in the order of `masked` (batch, N,
+    width); `hidden_states` (batch, N * width, hidden) are those of the denoiser."""
+    hidden_states = batch.layout.blocks(hidden_states)
+    logits = model.compute_logits(hidden_states[masked]).float()
+    if model.chain is None:
+        return logits
+    transitions = model.chain.transitions(hidden_states.flatten(0, 1), batch.layout.restarts())
+    states = state_marginals(transitions, masked.flatten(0, 1)).view(*masked.shape, -1)
+    return model.chain.marginal_log_probs(hidden_states[masked], logits, states[masked])
+
+
+def chain_loss(
+    model, batch: CleanBatch, corruption: Corruption, num_items_in_batch: torch.Tensor | int | None = None, **kwargs
+) -> Loss:
+    """The objective of a model with a chain."""
+    check_keywords(kwargs)
+    masked, revealed = corruption.masked, corruption.revealed
+    num_revealed = revealed.sum(-1)  # (batch, N)
+    outputs = denoise(model, batch, masked, num_revealed, **kwargs)
+    joint = num_revealed > 1
+    scored, share = scored_tokens(masked, revealed, joint)
+    losses = chain_cross_entropy(model, outputs.last_hidden_state, batch, masked, scored, joint)
+    num_items = batch.maskable.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+    loss = (corruption.weight * share * losses).sum() / num_items.clamp(min=1)
+    return Loss(loss, loss.detach(), loss.new_zeros(()), None, None, outputs, batch.layout)
+
+
 def variational_loss(
     model,
     batch: CleanBatch,
@@ -232,17 +294,17 @@ def variational_loss(
     num_revealed = revealed.sum(-1)  # (batch, N)
     has_latent = num_revealed >= config.latent_min_tokens
     latents, kl_elements, shift = None, None, None
-    if config.latent_size:
+    if config.gaussian_size:
         mean, log_variance = posterior(model, batch, masked, revealed)
         kl_elements = gaussian_kl(mean, log_variance, *batch.prior) * has_latent[..., None]
         shift = (standardised(mean, *batch.prior) * has_latent[..., None]).detach()
         per_draw = (part[:, :, None] for part in (mean, log_variance))
         prior = (part[:, :, None] for part in batch.prior)
         latents, log_ratio = draw_latents(*per_draw, latent_noise, *prior)  # (batch, N, draws, latent_size)
-    sees_revealed = has_latent & (config.objective == "per_step" and config.latent_size > 0)
+    sees_revealed = has_latent & (config.objective == "per_step" and config.gaussian_size > 0)
     scored, share = scored_tokens(masked, revealed, sees_revealed)
 
-    num_draws = config.objective_draws if config.latent_size else 1
+    num_draws = config.objective_draws if config.gaussian_size else 1
     rows, draws = batch, latents
     if num_draws > 1:
         index = torch.arange(masked.shape[0], device=masked.device).repeat_interleave(num_draws)
@@ -293,9 +355,12 @@ def variational_loss(
 __all__ = [
     "CleanBatch",
     "block_cross_entropy",
+    "chain_cross_entropy",
+    "chain_loss",
     "corrupt",
     "denoise",
     "last_before_blocks",
+    "marginal_logits",
     "posterior",
     "read_clean",
     "variational_loss",

@@ -1,7 +1,7 @@
 """Joint distributions over two or four digits whose target is known exactly: dataset, tokenizer and metric.
 
 The distributions are those of Zhang, Schwing, Zhao, "Variational Masked Diffusion Models", arXiv 2510.23606. Each is
-a table of probabilities, so what a model has learnt is measured against the target itself and not against a test set.
+a table of probabilities, so what a model has learned is measured against the target itself and not against a test set.
 
 | name | sequence | drawn | points in the support |
 | --- | --- | --- | --- |
@@ -14,11 +14,10 @@ a table of probabilities, so what a model has learnt is measured against the tar
 All sums are modulo 10. What "correlation" means in `two_token_correlated` is our reading of the paper.
 """
 
-from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from .text import character_tokenizer, token_dataset
@@ -26,7 +25,6 @@ from .text import character_tokenizer, token_dataset
 SyntheticName = Literal["two_token_deterministic", "two_token_nonuniform", "two_token_correlated", "d1", "d2"]
 
 NUM_DIGITS = 10
-_STREAM_CHUNK = 8192
 
 
 def target_distribution(name: SyntheticName, correlation: float | None = None) -> torch.Tensor:
@@ -89,35 +87,6 @@ def synthetic_dataset(name: SyntheticName, num_rows: int, seed: int, correlation
         raise ValueError(f"`num_rows` must be at least 1, got {num_rows}")
     target = target_distribution(name, correlation)
     return token_dataset(_draw(target, num_rows, torch.Generator().manual_seed(seed)).numpy())
-
-
-def synthetic_stream(
-    name: SyntheticName, seed: int, correlation: float | None = None, num_rows: int | None = None
-) -> IterableDataset:
-    """Rows as those of `synthetic_dataset`, streamed: fresh rows for ever, or `num_rows` of them.
-
-    Each pass over the stream starts again from `seed`, so an endless stream should be read in one pass (a Trainer
-    with `max_steps`). It is one shard: further DataLoader workers stay idle.
-
-    Args:
-        name: the task, see the table at the head of this file.
-        seed: seed of the `torch.Generator` that draws the rows.
-        correlation: see `target_distribution`.
-        num_rows: number of rows, at least 1, or None for an endless stream.
-
-    Returns:
-        IterableDataset of rows with one entry `input_ids`, an int64 tensor of 2 or 4 tokens. It is in no format: the
-        rows are torch tensors as they are drawn, and a format would only cost time.
-
-    Raises:
-        ValueError: `num_rows` below 1, or as in `target_distribution`.
-    """
-    if num_rows is not None and num_rows < 1:
-        raise ValueError(f"`num_rows` must be None or at least 1, got {num_rows}")
-    target = target_distribution(name, correlation)
-    return IterableDataset.from_generator(
-        _stream_rows, gen_kwargs={"target": target, "seed": seed, "num_rows": num_rows}
-    )
 
 
 def independent_marginals_kl(name: SyntheticName, correlation: float | None = None) -> float:
@@ -205,16 +174,6 @@ def _draw(target: torch.Tensor, num_rows: int, generator: torch.Generator) -> to
     support = target.nonzero()  # (points in the support, n)
     probabilities = target[target > 0]  # the same order
     return support[torch.multinomial(probabilities, num_rows, replacement=True, generator=generator)]
-
-
-def _stream_rows(target: torch.Tensor, seed: int, num_rows: int | None) -> Iterator[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    drawn = 0
-    while num_rows is None or drawn < num_rows:
-        size = _STREAM_CHUNK if num_rows is None else min(_STREAM_CHUNK, num_rows - drawn)
-        for row in _draw(target, size, generator):
-            yield {"input_ids": row}
-        drawn += size
 
 
 def _marginal_product(target: torch.Tensor) -> torch.Tensor:

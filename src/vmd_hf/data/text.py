@@ -11,8 +11,11 @@ import torch
 from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, load_dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz"
+
+logger = logging.get_logger(__name__)
 
 _DIGIT_NAMES = (b"zero", b"one", b"two", b"three", b"four", b"five", b"six", b"seven", b"eight", b"nine")
 _TO_ALPHABET = bytes(ord(chr(code).lower() if chr(code) in string.ascii_letters else " ") for code in range(256))
@@ -63,6 +66,11 @@ def character_tokenizer(alphabet: str = ALPHABET, eos_token: str | None = "[EOS]
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, model_input_names=["input_ids", "attention_mask"], **special_tokens
     )
+
+
+def has_text8_alphabet(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether its tokens, special ones aside, are the 27 characters to which `clean_text8` reduces a text."""
+    return set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) == set(ALPHABET)
 
 
 def encode_characters(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -208,7 +216,8 @@ def text_datasets(
         tokenizer: a `character_tokenizer`.
         sequence_length: tokens in a row, at least 1.
         seed: seed of the order of the documents, see `load_documents`.
-        clean: pass each document through `clean_text8`. Without it, the tokenizer's alphabet must cover the text.
+        clean: pass each document through `clean_text8`, which is logged once. Without it, the tokenizer's alphabet
+            must cover the text.
         held_out_fraction: see `load_documents`.
         text_column: see `load_documents`.
         config_name: see `load_documents`.
@@ -223,6 +232,11 @@ def text_datasets(
         ValueError: as in `load_documents` and `encode_characters`, or a split shorter than one chunk.
     """
     documents = load_documents(source, seed, held_out_fraction, text_column, config_name, where)
+    if clean:
+        logger.warning_once(
+            f"The text of {source} is reduced to 27 characters: a to z in lower case, and one space for all that is "
+            "between words; digits are spelled out."
+        )
     datasets = DatasetDict()
     for name, texts in documents.items():
         chunks = _chunks(texts, tokenizer, sequence_length, clean)

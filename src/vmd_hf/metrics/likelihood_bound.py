@@ -9,7 +9,7 @@ import torch
 from vmd_hf.likelihood import nelbo, ratio_of_sums
 from vmd_hf.metrics import PAPER_CITATION
 
-_DESCRIPTION = """An upper bound on what a masked diffusion model with a latent needs to say a text: bits per
+_DESCRIPTION = """An upper bound on what a masked diffusion model with a latent needs to encode a text: bits per
 character, and 2 to the bits per token, a bound on the perplexity. It is the bound of a sampler: which one, and in how
 many steps, belongs to the number."""
 
@@ -18,9 +18,9 @@ Args:
     predictions: texts. Tokens that the tokenizer adds to them are context, and not scored.
     model: the model itself (a VMDForMaskedDiffusion, bare or wrapped by PEFT), not a name.
     tokenizer: its tokenizer.
-    bound: "per_sample" (one z kept) or "per_step" (a fresh z for each step).
+    bound: "per_sample" (shared latent) or "per_step" (per-step latent).
     num_steps: steps of the sampler, with blocks for each block.
-    num_samples: draws of z in an importance-weighted bound.
+    num_samples: importance samples of z (IWAE).
     batch_size: texts at a time.
     seed: of the noise.
 Returns:

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from vmd_hf import VMDConfig
+from vmd_hf.hub import check_model, default_device
 from vmd_hf.likelihood import nelbo
 
 _DESCRIPTION = """Quality of generated texts: perplexity under a judge, an autoregressive model that the user names;
@@ -73,9 +74,11 @@ def judge_perplexity(texts, judge, tokenizer, batch_size: int) -> float:
     """exp of the mean negative log-probability of a token given those before it. A causal model of transformers has
     none for the first token of a text."""
     if isinstance(judge, str | os.PathLike):
+        check_model(judge)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(judge)
         is_vmd = AutoConfig.from_pretrained(judge).model_type == VMDConfig.model_type
         judge = (AutoModelForMaskedLM if is_vmd else AutoModelForCausalLM).from_pretrained(judge)
+        judge.to(default_device())
     if tokenizer is None:
         raise ValueError("judge_tokenizer must be given with a judge that is a model, got None")
     is_vmd = judge.config.model_type == VMDConfig.model_type

@@ -1,6 +1,9 @@
 """The command `vmd-hf`: the scripts under one name, with their own options, one-line errors and exit codes.
 
 Exit codes: 0 for success, 1 for a job that failed, 2 for wrong usage.
+
+It stands beside the package, not in it: `import vmd_hf` makes transformers' Auto classes know the model, which takes
+torch and seconds. A command imports that when it runs; `--help` and completion do not (see [`without_torch`]).
 """
 
 import importlib
@@ -9,11 +12,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).with_name("vmd_hf")
 # Installed, the scripts are part of the package; in a checkout they stand beside src.
 SCRIPTS = next(
     folder
@@ -22,6 +26,8 @@ SCRIPTS = next(
 )
 MODEL_CARDS = PACKAGE.parents[1] / "model_cards"  # of a checkout
 RECIPES = sorted(path.stem for path in (SCRIPTS / "recipes").glob("*.yaml"))
+# Scripts that read their arguments before they import what computes.
+PARSE_FIRST = ("generate_vmd", "make_card", "push_to_hub", "solve_sudoku")
 
 app = typer.Typer(
     name="vmd-hf",
@@ -42,6 +48,7 @@ app = typer.Typer(
     Each command lists its options with --help. Set VMD_HF_DEBUG=1 to see where an error comes from.""",
 )
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+_HELP = {"-h", "--help"}
 Arguments = Annotated[list[str] | None, typer.Argument(help="Options of the script; --help lists them.")]
 
 
@@ -66,12 +73,27 @@ def one_line_errors(extra: str) -> Iterator[None]:
         raise typer.Exit(2 if wrong_usage else 1) from error
 
 
+def without_torch() -> None:
+    """Makes what `--help` needs quick to import; nothing else can be done in this process afterwards.
+
+    transformers, which finds no torch then, defines its TrainingArguments in less than a second instead of five (only
+    the default of `--optim` is another one); and modules of vmd_hf are imported without `vmd_hf/__init__.py`.
+    """
+    if "torch" not in sys.modules:
+        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # of transformers, that there is no torch
+        sys.modules["torch"] = None
+        sys.modules["vmd_hf"] = package = ModuleType("vmd_hf")
+        package.__path__ = [str(PACKAGE)]
+
+
 def run_script(command: Callable, name: str, argv: list[str]) -> None:
     """Calls a script's `main`; its errors become one line and exit code 1, or 2 from its argument parser."""
     sys.path.insert(0, str(SCRIPTS))
     sys.argv[0] = f"vmd-hf {command.__name__}"  # what the argument parser calls itself
-    if {"-h", "--help"} & set(argv):
+    if _HELP & set(argv):
         typer.echo(f"{command.__doc__}\n")
+        if name in PARSE_FIRST:
+            without_torch()
     try:
         with one_line_errors("scripts"):
             code = importlib.import_module(name).main(argv)
@@ -110,13 +132,20 @@ def evaluate(options: Arguments = None) -> None:
 
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def solve(options: Arguments = None) -> None:
-    """Solve a Sudoku, and show the board as it fills. Example: vmd-hf solve --model DIR "53..7....6..1..." """
+    """Solve a Sudoku, and show the board as it fills. Example: vmd-hf solve "53..7....6..1..." --model DIR"""
     run_script(solve, "solve_sudoku", options or [])
 
 
 @app.command(context_settings=_PASS_ON, add_help_option=False)
+def card(options: Arguments = None) -> None:
+    """Write a model's card, README.md, from card.yaml and results.json in its folder. Example: vmd-hf card DIR"""
+    run_script(card, "make_card", options or [])
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
 def push(options: Arguments = None) -> None:
-    """Export a model with its code, and upload it. Example: vmd-hf push outputs/d1 exported/d1 --repo_id me/vmd-d1"""
+    """Export a model with its code and card, and upload it. Example: vmd-hf push outputs/d1 exported/d1 --repo_id
+    me/vmd-d1"""
     run_script(push, "push_to_hub", options or [])
 
 
@@ -124,7 +153,16 @@ def push(options: Arguments = None) -> None:
 def lm_eval(options: Arguments = None) -> None:
     """The command of lm-evaluation-harness, to which the model vmd is known. Example: vmd-hf lm-eval --model vmd
     --model_args pretrained=DIR,num_steps=4 --tasks NAME --include_path FOLDER"""
-    run_script(lm_eval, "vmd_hf.harness", options or [])
+    argv = options or []
+    sys.argv[:] = ["vmd-hf lm-eval", *argv]
+    with one_line_errors("eval"):
+        if _HELP & set(argv):
+            typer.echo(f"{lm_eval.__doc__}\n")
+        else:
+            import vmd_hf.harness  # noqa: F401, makes the harness know the model
+        from lm_eval.__main__ import cli_evaluate
+
+        cli_evaluate()
 
 
 @app.command()
@@ -151,8 +189,11 @@ def demo(
             raise typer.Exit(2)
         models, sudoku, setting = [str(cards / "mdm-d1"), str(cards / "vmd-d1")], [str(cards / "vmd-sudoku")], "d1"
     with one_line_errors("demo"):
-        from .demo import launch, write_space
+        from vmd_hf.demo import launch, write_space
+        from vmd_hf.hub import check_model
 
+        for model in [*(models or []), *(sudoku or [])]:
+            check_model(model)
         if space is None:
             launch(models or [], sudoku or [], setting, port, share)
         else:

@@ -1,0 +1,47 @@
+"""The samplers that evaluations compare, and samples from fully masked sequences."""
+
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+SAMPLERS = {
+    "shared latent, argmax": {"resample_latents": False},
+    "per-step latent, argmax": {"resample_latents": True},
+    "shared latent, sampled": {"resample_latents": False, "do_sample": True},
+    "per-step latent, sampled": {"resample_latents": True, "do_sample": True},
+}
+
+
+def samplers_of(model: PreTrainedModel, resample_latents: bool | None = None) -> dict[str, dict[str, bool]]:
+    """Those of `SAMPLERS` that redraw the latent in every step, or do not (`None`: both); of a model without a latent
+    those that differ, which are called "no latent"."""
+    if model.config.latent_size == 0:
+        return {
+            name.replace("shared", "no"): settings
+            for name, settings in SAMPLERS.items()
+            if not settings["resample_latents"]
+        }
+    return {
+        name: settings
+        for name, settings in SAMPLERS.items()
+        if resample_latents is None or settings["resample_latents"] == resample_latents
+    }
+
+
+@torch.no_grad()
+def draw_samples(
+    model: PreTrainedModel, length: int, num_samples: int, seed: int, batch_size: int = 10_000, **settings: Any
+) -> torch.Tensor:
+    """(num_samples, length) int64 sequences, on the CPU, from fully masked ones; positions are revealed in random
+    order. `settings` are those of `generate`."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.full((num_samples, length), model.config.mask_token_id, device=model.device).split(batch_size)
+    batches = tqdm(masks, desc=str(settings.get("num_steps", "")), leave=False, disable=None)
+    return torch.cat(
+        [model.generate(batch, generator=generator, remasking="random", **settings).cpu() for batch in batches]
+    )
+
+
+__all__ = ["SAMPLERS", "draw_samples", "samplers_of"]

@@ -1,0 +1,41 @@
+"""Floating point operations: how many a machine makes a second, and how many an update takes."""
+
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until an accelerator has done what it was asked for."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def matmul_peak(
+    device: torch.device, size: int = 2048, repeats: int = 10, dtype: torch.dtype = torch.float32
+) -> float:
+    """FLOP/s of a square matrix product, the best of several."""
+    a, b = torch.randn(2, size, size, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def flops_of_update(model: PreTrainedModel, shape: tuple[int, int]) -> int:
+    """Of the matrix products of a forward and a backward pass."""
+    input_ids = torch.zeros(shape, dtype=torch.long, device=model.device)
+    model.train()
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=input_ids, labels=input_ids).loss.backward()
+    model.zero_grad()
+    return counter.get_total_flops()
+
+
+__all__ = ["flops_of_update", "matmul_peak", "synchronize"]

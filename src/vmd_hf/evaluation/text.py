@@ -1,0 +1,193 @@
+"""Text: the objective, bounds on the likelihood of a sampler, and the quality of samples."""
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
+
+from ..data.text import evenly_spaced
+from ..hub import load_model, load_tokenizer
+from ..likelihood import CorpusBound, confidence_interval, corpus_bound
+from ..schedule_vmd import most_revealed
+from ..training import active_units, moments
+from .sampling import draw_samples
+from .tables import Row
+
+DIFFERENCE = ("difference", "difference_low", "difference_high")
+
+
+def batches_of(rows: Dataset, num_rows: int, device: torch.device) -> list[torch.Tensor]:
+    """Token ids of rows that are taken evenly, (at most 50, length) each."""
+    return list(torch.as_tensor(evenly_spaced(rows, num_rows)[:]["input_ids"]).to(device).split(50))
+
+
+@torch.no_grad()
+def evaluate_objective(model: PreTrainedModel, batches: list[torch.Tensor]) -> Row:
+    """The objective in nats a token (no perplexity if there is a latent; the noise is hashed, so it is the same number
+    every time), and how many dimensions of z the posterior uses (see `VMDMetricsCallback`)."""
+    model.eval()
+    outputs = [model(input_ids=batch, labels=batch) for batch in tqdm(batches, desc="objective", disable=None)]
+    weights = torch.tensor([float(len(batch)) for batch in batches], device=model.device)
+    result: Row = {"objective": model.config.objective, "rows": int(weights.sum())}
+    for name in ("loss", "reconstruction_loss", "kl"):
+        result[name] = float((torch.stack([output[name] for output in outputs]) * weights).sum() / weights.sum())
+    if model.config.latent_size:
+        result["active_units"] = active_units(sum(moments(output.posterior_shift) for output in outputs))
+    return result
+
+
+def largest_step(width: int, num_steps: int) -> int:
+    """Tokens that one of `num_steps` steps reveals at most, of `width`."""
+    return int(most_revealed(torch.tensor(width), torch.tensor(num_steps)))
+
+
+def corpus_bounds(
+    model: PreTrainedModel,
+    batches: list[torch.Tensor],
+    num_steps: Sequence[int],
+    num_draws: Sequence[int] = (1,),
+    bound: Literal["per_sample", "per_step"] = "per_step",
+    seed: int = 0,
+) -> dict[tuple[int, int], tuple[CorpusBound, float]]:
+    """`corpus_bound` for each number of steps and of importance samples, with the seconds that it took; of steps
+    without a latent, which draw nothing, only once."""
+    config, found = model.config, {}
+    width = config.block_size or batches[0].shape[1]
+    for steps in num_steps:
+        has_latent = config.latent_size > 0 and largest_step(width, steps) >= config.latent_min_tokens
+        for draws in num_draws if has_latent else [1]:
+            start = time.perf_counter()
+            result = corpus_bound(
+                model,
+                [{"input_ids": batch} for batch in batches],
+                bound=bound,
+                num_steps=steps,
+                num_samples=draws,
+                generator=torch.Generator().manual_seed(seed),
+                show_progress=sys.stderr.isatty(),
+            )
+            found[steps, draws] = result, time.perf_counter() - start
+    return found
+
+
+def evaluate_bounds(
+    model: PreTrainedModel,
+    batches: list[torch.Tensor],
+    num_steps: Sequence[int],
+    num_draws: Sequence[int] = (1,),
+    bound: Literal["per_sample", "per_step"] = "per_step",
+    seed: int = 0,
+    baseline: PreTrainedModel | None = None,
+) -> list[Row]:
+    """A row for each of `corpus_bounds`; with a baseline first its own, then the model's with their differences from
+    it: at as many importance samples, or, of a model without a latent, from the baseline's bound with the most."""
+    found = corpus_bounds(model, batches, num_steps, num_draws, bound, seed)
+    rows = [bound_row(bound, *key, *value) for key, value in found.items()]
+    if baseline is None:
+        return rows
+    others = corpus_bounds(baseline, batches, num_steps, num_draws, bound, seed)
+    results = [
+        {"model": "baseline", **bound_row(bound, *key, *value), **dict.fromkeys(DIFFERENCE)}
+        for key, value in others.items()
+    ]
+    for row, (key, (result, _)) in zip(rows, found.items(), strict=True):
+        own, of_baseline = ([other for other in keys if other[0] == key[0]] for keys in (found, others))
+        if min(len(own), len(of_baseline)) == 1:
+            key = max(of_baseline)
+        difference, error = result.difference(others[key][0])
+        values = difference, *confidence_interval(difference, error)
+        results.append({"model": "this one", **row, **dict(zip(DIFFERENCE, values, strict=True))})
+    return results
+
+
+def bound_row(name: str, num_steps: int, num_draws: int, bound: CorpusBound, seconds: float) -> Row:
+    low, high = bound.interval
+    return {
+        "bound": name,
+        "num_steps": num_steps,
+        "num_draws": num_draws,
+        "bits_per_token": bound.bits_per_token,
+        "low": low,
+        "high": high,
+        "kl_bits_per_token": bound.kl_bits_per_token,
+        "num_tokens": bound.num_tokens,
+        "seconds": seconds,
+    }
+
+
+def load_baseline(
+    model: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase,
+    baseline: str | os.PathLike | None = None,
+    device: torch.device | None = None,
+) -> PreTrainedModel | None:
+    """The model to compare the bounds of a saved one with; by default, of an adapter, the model that it is for.
+
+    Raises:
+        ValueError: for a baseline of another vocabulary.
+    """
+    if baseline is not None:
+        if load_tokenizer(baseline).get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"baseline must have the model's vocabulary, got {baseline} and {model}")
+    elif find_adapter_config_file(model):
+        from peft import PeftConfig
+
+        baseline = PeftConfig.from_pretrained(model).base_model_name_or_path
+    return None if baseline is None else load_model(baseline, device)
+
+
+def evaluate_samples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    known_words: Iterable[str],
+    num_steps: Sequence[int],
+    num_texts: int = 32,
+    seed: int = 0,
+) -> tuple[list[Row], list[list[str]]]:
+    """For each number of steps the share of known words in sampled texts of `length` tokens, and these texts."""
+    known, results, texts = set(known_words), [], []
+    for steps in num_steps:
+        start = time.perf_counter()
+        ids = draw_samples(model, length, num_texts, seed, do_sample=True, num_steps=steps)
+        seconds = time.perf_counter() - start
+        sampled = tokenizer.batch_decode(ids)
+        words = [word for text in sampled for word in text.split()[1:-1]]  # the first and last may be cut
+        share = sum(word in known for word in words) / max(len(words), 1)
+        results.append(
+            {
+                "num_steps": steps,
+                "known_words": share,
+                "num_words": len(words),
+                "seconds": seconds,
+                "sample": sampled[0],
+            }
+        )
+        texts.append(tokenizer.batch_decode(ids, skip_special_tokens=True))
+    return results, texts
+
+
+def text_quality(texts: list[str], judge: str) -> dict[str, float]:
+    """What an autoregressive judge, a folder or Hub id, makes of texts (the metric `text_quality`)."""
+    from .. import metrics
+
+    return metrics.load("text_quality").compute(predictions=texts, judge=judge)
+
+
+__all__ = [
+    "batches_of",
+    "corpus_bounds",
+    "evaluate_bounds",
+    "evaluate_objective",
+    "evaluate_samples",
+    "largest_step",
+    "load_baseline",
+    "text_quality",
+]
