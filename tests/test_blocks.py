@@ -27,10 +27,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments, default_data_collator
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion, nelbo
-from vmd_hf.masking_vmd import EMPTY, PADDING, Places, block_attention_mask, join_places, lay_out_blocks, may_attend
+from vmd_hf.blocks_vmd import EMPTY, PADDING, Places, block_attention_mask, join_places, lay_out_blocks, may_attend
 from vmd_hf.training import VMDMetricsCallback
 
 POSITIONS = {
+    "both": {"position_embedding_type": "both"},
     "rotary": {"position_embedding_type": "rotary"},
     "learned": {"position_embedding_type": "learned"},
     "groups": {
@@ -218,7 +219,7 @@ def test_whole_blocks_without_padding_are_their_own_grid():
     assert document_of(layout) == [[0] * 6]
     assert layout.places(clean=True).block.tolist() == [[0, 0, 0, 1, 1, 1]]
     assert layout.places(clean=True).clean.all() and not layout.places(clean=False).clean.any()
-    assert layout.units(values).tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]]
+    assert layout.blocks(values).tolist() == [[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [10, 11, 12]]]
 
 
 def test_the_last_block_is_filled_up():
@@ -359,7 +360,7 @@ def rotate(vectors, positions):
 def embed(model, tokens, positions):
     embeddings, config = model.model.embeddings, model.config
     hidden_states = embeddings.embed_tokens.weight[tokens]
-    if config.position_embedding_type == "learned":
+    if embeddings.embed_positions is not None:
         hidden_states = hidden_states + embeddings.embed_positions.weight[positions]
     for table, groups in zip(embeddings.embed_groups, config.position_groups or (), strict=True):
         hidden_states = hidden_states + table.weight[torch.tensor(groups)[positions]]
@@ -376,12 +377,20 @@ def dense_layer(layer, config, h, positions, mask=0.0, changes=None):
     heads = []
     for part in (a @ layer.attention.qkv_proj.weight.T).view(len(h), 3, config.num_attention_heads, -1).unbind(2):
         query, key, value = part.unbind(1)
-        if config.position_embedding_type == "rotary":
+        if config.position_embedding_type in ("rotary", "both"):
             query, key = rotate(query, positions), rotate(key, positions)
         heads.append((query @ key.T / query.shape[-1] ** 0.5 + mask).softmax(-1) @ value)
     h = h + (1 + gate_1) * (torch.cat(heads, dim=-1) @ layer.attention.o_proj.weight.T)
     a = layer_norm(h, layer.mlp_norm, config.norm_eps) * (1 + scale_2) + shift_2
     return h + (1 + gate_2) * (F.gelu(a @ layer.mlp.up_proj.weight.T) @ layer.mlp.down_proj.weight.T)
+
+
+def condition(model, z):
+    """What layers and inputs read of latents (..., size): (..., conditioning_size + 1), the last of them 1."""
+    conditioner = model.model.conditioner
+    for layer in (conditioner.in_proj, conditioner.out_proj):
+        z = F.silu(z @ layer.weight.T + layer.bias)
+    return torch.cat([z, torch.ones(*z.shape[:-1], 1)], dim=-1)
 
 
 def dense_two_streams(model, clean, x_t, latents):
@@ -394,23 +403,19 @@ def dense_two_streams(model, clean, x_t, latents):
     token = [(position // config.block_size, 0, index < length) for index, position in enumerate(positions.tolist())]
     mask = torch.tensor([[0.0 if sees(query, key) else -math.inf for key in token] for query in token])
     h = embed(model, torch.cat([clean, x_t]), positions)
-    if config.latent_per_position:
-        conditioner, modulation = model.model.conditioner, model.model.modulation
-        for position, own in enumerate(latents.reshape(-1, config.latent_size // config.block_size)[:length]):
-            h[length + position] += modulation.weight @ conditioner(own) + modulation.bias
-    elif config.latent_size:
-        modulation = model.model.modulation
-        said = F.linear(model.model.conditioner(latents), modulation.weight, modulation.bias)
-        of_layers, inputs = said.tensor_split([6 * config.num_hidden_layers * config.hidden_size], dim=-1)
-    if config.latent_position_inputs:
-        for position in range(length):
-            block, place = divmod(position, config.block_size)
-            h[length + position] += inputs[block].view(config.block_size, -1)[place]
-    for index, layer in [*enumerate(model.model.layers)] * config.num_loops:
+    if config.latent_size and config.latent_input != "position_slices":
+        vectors = condition(model, latents)  # (blocks, conditioning_size + 1)
+    for position in range(length if config.latent_input != "layers" else 0):
+        block, place = divmod(position, config.block_size)
+        weight = model.model.position_inputs.weight
+        if config.latent_input == "position_slices":
+            h[length + position] += weight @ condition(model, latents[block].view(config.block_size, -1)[place])
+        else:
+            h[length + position] += weight.view(config.block_size, config.hidden_size, -1)[place] @ vectors[block]
+    for layer in [*model.model.layers] * config.num_loops:
         changes = None
-        if config.latent_size and not config.latent_per_position:
-            of_blocks = of_layers.chunk(config.num_hidden_layers, dim=-1)[index]
-            of_tokens = of_blocks[positions[length:] // config.block_size]
+        if layer.modulation is not None:
+            of_tokens = (vectors @ layer.modulation.weight.T)[positions[length:] // config.block_size]
             changes = torch.cat([torch.zeros_like(of_tokens), of_tokens])
         h = dense_layer(layer, config, h, positions, mask, changes)
     h = layer_norm(h, model.model.norm, config.norm_eps)
@@ -443,10 +448,7 @@ def posterior_of_block(model, row, start, end, masked, revealed, clean_hidden_st
     for layer in encoder.layers:
         h = dense_layer(layer, model.config, h, positions)
     h = layer_norm(h, encoder.norm, model.config.norm_eps)
-    if model.config.latent_encoder_pooling == "concat":  # a matrix for each place in a block
-        maps = encoder.out_proj.weight.unflatten(1, (model.config.block_size, -1))
-        return (sum(maps[:, i - start] @ h[i - start] for i in revealed) + encoder.out_proj.bias).view(2, -1)
-    if model.config.latent_per_position:  # the prior, but for the slices of what is revealed
+    if model.config.latent_input == "position_slices":  # the prior, but for the slices of what is revealed
         prior = prior_of_block(model, start, clean_hidden_states)
         slices = list(prior.view(2, model.config.block_size, -1).unbind(1))
         for i in revealed:
@@ -826,22 +828,16 @@ def test_the_loss_with_a_learned_prior_is_the_loop(objective):
     assert_loss_is_the_loop(model, loss_batch(), block_noise(5, 7, 3))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_loss_with_concatenated_states_in_the_posterior_is_the_loop(objective):
-    model = tiny_model(block_size=3, latent_encoder_pooling="concat", objective=objective)
-    assert_loss_is_the_loop(model, loss_batch(), block_noise(5, 7, 3))
-
-
 @pytest.mark.parametrize("prior", ["standard", "learned"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_loss_with_a_slice_of_the_latent_for_each_position_is_the_loop(objective, prior):
-    model = tiny_model(block_size=3, latent_per_position=True, latent_size=6, prior=prior, objective=objective)
+    model = tiny_model(block_size=3, latent_input="position_slices", latent_size=6, prior=prior, objective=objective)
     assert_loss_is_the_loop(model, loss_batch(), block_noise(5, 7, 3, latent_size=6))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_loss_with_latents_in_the_inputs_of_positions_is_the_loop(objective):
-    model = tiny_model(block_size=3, latent_position_inputs=True, objective=objective)
+    model = tiny_model(block_size=3, latent_input="layers_and_positions", objective=objective)
     assert_loss_is_the_loop(model, loss_batch(), block_noise(5, 7, 3))
 
 
@@ -913,41 +909,6 @@ def test_a_block_is_trained_without_sight_of_what_follows_and_with_sight_of_what
         output = model(input_ids=other, labels=labels, **noise)
         assert ((output.loss - loss).abs() > 1e-4) == seen
         assert ((output.posterior_shift[0, 1] - posterior[0, 1]).abs().max() > 1e-4) == seen
-
-
-def test_the_kl_weight_warms_up_and_free_bits_are_a_floor_for_each_block_and_dimension():
-    model, batch, noise = (
-        tiny_model(block_size=3, free_bits=0.3, kl_warmup_steps=2),
-        loss_batch(),
-        block_noise(5, 7, 3),
-    )
-    noise["position_noise"][3, :3] = 1.0  # nothing is masked in one block, so nothing is owed
-    with torch.no_grad():
-        model.train()
-        first, second = model(**batch, **noise), model(**batch, **noise)
-        *_, kl_per_latent, _ = slow_loss(model, **batch, **noise)
-        owed, num_raised = 0.0, 0
-        for row, block in itertools.product(range(5), range(3)):
-            if kl_per_latent[row, block] == 0:
-                continue
-            keep = batch["attention_mask"][row].nonzero().flatten()
-            ids, labels = batch["input_ids"][row, keep], batch["labels"][row, keep]
-            start, end = 3 * block, min(3 * block + 3, len(ids))
-            maskable = [position for position in range(start, end) if labels[position] != -100]
-            time = noise["times"][row, block].item()
-            masked, revealed, weight = state_by_hand(
-                model.config, maskable, time, noise["position_noise"][row, keep].tolist()
-            )
-            clean_hidden_states, _ = dense_two_streams(model, ids, ids, torch.zeros(-(-len(ids) // 3), 4))
-            mean, log_variance = posterior_of_block(model, ids, start, end, masked, revealed, clean_hidden_states)
-            for m, v in zip(mean.tolist(), log_variance.tolist(), strict=True):
-                element = 0.5 * (m**2 + math.exp(v) - 1 - v)
-                owed += weight * max(element, 0.3)
-                num_raised += element < 0.3
-    assert num_raised
-    owed /= (batch["labels"] != -100).sum().item()
-    assert (first.loss - first.reconstruction_loss).item() == pytest.approx(owed / 8, rel=1e-4)
-    assert (second.loss - second.reconstruction_loss).item() == pytest.approx(owed, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1202,7 +1163,7 @@ def test_the_noise_decides_what_is_masked_in_which_block():
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_block_of_context_costs_nothing(objective, training):
-    model, input_ids = tiny_model(block_size=2, objective=objective, free_bits=0.2).train(training), digits(2, 6)
+    model, input_ids = tiny_model(block_size=2, objective=objective).train(training), digits(2, 6)
     labels = input_ids.clone()
     labels[:, 2:4] = -100
     noise = block_noise(2, 6, 3)
@@ -1223,7 +1184,7 @@ def test_a_block_of_context_costs_nothing(objective, training):
 @pytest.mark.parametrize("training", [False, True])
 def test_a_block_with_nothing_masked_costs_nothing(training):
     """Chance may leave a block unmasked under `vmd`; the other objectives always reveal something."""
-    model, input_ids = tiny_model(block_size=2, free_bits=0.2).train(training), digits(1, 6)
+    model, input_ids = tiny_model(block_size=2).train(training), digits(1, 6)
     noise = block_noise(1, 6, 3) | {"position_noise": torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0, 0.0]])}
     output = model(input_ids=input_ids, labels=input_ids, **noise)
     assert output.kl_per_latent.ne(0).tolist() == [[True, False, True]]
@@ -1239,7 +1200,7 @@ def test_a_block_with_nothing_masked_costs_nothing(training):
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_batch_of_context_and_a_row_of_padding_cost_nothing(objective, implementation):
-    model = tiny_model(block_size=3, objective=objective, free_bits=0.2).train()
+    model = tiny_model(block_size=3, objective=objective).train()
     model.set_attn_implementation(implementation)
     input_ids, mask = digits(2, 5), torch.tensor([[1, 1, 1, 1, 0], [0, 0, 0, 0, 0]])
     output = model(input_ids=input_ids, attention_mask=mask, labels=torch.full_like(input_ids, -100))
@@ -1510,7 +1471,7 @@ def test_more_tokens_than_a_position_table_has_are_an_error(position):
         {"input_ids": digits(1, 17), "labels": digits(1, 17)},
         {"input_ids": ids, "position_ids": torch.arange(1, 17)[None]},
     ):
-        with pytest.raises(ValueError, match=r"max_position_embeddings = 16.*17"):
+        with pytest.raises(ValueError, match="at most max_position_embeddings = 16"):
             model(**arguments)
 
 
@@ -1520,7 +1481,7 @@ def test_more_tokens_than_a_position_table_has_are_an_error(position):
         ({"input_ids": torch.zeros(3, dtype=torch.long)}, r"input_ids must have shape \(batch, length\), got \(3,\)"),
         ({"attention_mask": torch.ones(2, 4)}, r"attention_mask.*\(2, 3\), got \(2, 4\)"),
         ({"position_ids": torch.zeros(1, 3, dtype=torch.long)}, r"position_ids.*\(2, 3\), got \(1, 3\)"),
-        ({"labels": digits(2, 4)}, r"labels must have the shape.*\(2, 3\), got \(2, 4\)"),
+        ({"labels": digits(2, 4)}, r"labels must have shape \(2, 3\), got \(2, 4\)"),
         ({"labels": (digits(2, 3) + 1) % 10}, "labels must equal input_ids"),
     ],
 )
@@ -1533,13 +1494,14 @@ FEWEST = {"block_size": 4, "objective": "per_step", "objective_steps": [1, 2, 4]
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"prior": "learned"}, {"latent_position_inputs": True}, {"latent_per_position": True}]
+    "settings",
+    [{}, {"prior": "learned"}, {"latent_input": "layers_and_positions"}, {"latent_input": "position_slices"}],
 )
 def test_steps_that_reveal_few_tokens_are_those_of_a_model_without_a_latent(settings):
     every = tiny_model(**FEWEST, **settings)
     large = of_the_same_weights(every, latent_min_tokens=3)
     several = of_the_same_weights(large, objective_draws=3)
-    plain = {"prior": "standard", "latent_position_inputs": False, "latent_per_position": False}
+    plain = {"prior": "standard", "latent_input": "layers"}
     mdm = of_the_same_weights(every, latent_size=0, **plain)
     ids, masks = digits(6, 8), torch.full((6, 8), MASK)
     for steps in (1, 2, 4):  # of four tokens, two, and one
@@ -1580,10 +1542,8 @@ def test_a_learned_prior_is_read_only_where_a_step_reveals_enough_tokens(setting
 
 def test_with_a_confidence_threshold_all_that_is_masked_may_be_revealed():
     model = tiny_model(**FEWEST, latent_min_tokens=3)
-    seen, modulation_for = [], model.model.for_steps
-    model.model.for_steps = lambda modulation, number: (
-        seen.append(number.tolist()) or modulation_for(modulation, number)
-    )
+    seen, for_steps = [], model.model.for_steps
+    model.model.for_steps = lambda vectors, number: seen.append(number.tolist()) or for_steps(vectors, number)
     model.generate(torch.full((1, 4), MASK), confidence_threshold=0.999)  # one at a time
     assert seen == [[[4]], [[3]], [[2]], [[1]]]
 

@@ -195,7 +195,7 @@ def test_the_reference_is_the_distribution_of_the_sampler(num_steps, resample_la
     [
         {"latent_size": 1},
         {"latent_size": 2},
-        {"latent_size": 3, "latent_per_position": True, "max_position_embeddings": 3},
+        {"latent_size": 3, "latent_input": "position_slices", "max_position_embeddings": 3},
     ],
 )
 def test_bounds_lie_above_the_exact_value_and_tighten_with_the_samples(settings, num_steps, bound):
@@ -365,15 +365,15 @@ def perfect_pair():
         model.model.embeddings.embed_tokens.weight.copy_(torch.eye(4)[:3])
     model.latent_encoder = CodeOfPair()
 
-    def hidden_states_of_pair(input_ids, layout, modulation, *args, **kwargs):
+    def hidden_states_of_pair(input_ids, layout, conditioning, *args, **kwargs):
         """They are the logits."""
         masked = (input_ids == 2)[..., None]
-        from_z = 2.5 * torch.stack([modulation, -modulation], dim=-1)  # (batch, 1, 2)
+        from_z = 2.5 * torch.cat([conditioning, -conditioning], dim=-1)  # (batch, 1, 2)
         from_other = 60 * torch.stack([input_ids == 0, input_ids == 1], dim=-1).flip(1).float()
         logits = torch.where(masked.all(1, keepdim=True), from_z, from_other)
         return BaseModelOutput(last_hidden_state=nn.functional.pad(logits, (0, 2)))
 
-    model.model.modulation_by = lambda latents, layout, batch_size: latents
+    model.model.condition = lambda latents: latents
     model.model.forward = hidden_states_of_pair
     return model
 
@@ -726,7 +726,7 @@ def test_the_model_is_left_as_it_was():
     with pytest.raises(ValueError):
         nelbo(model, rows, labels=rows + 1)
     assert {name: module.training for name, module in model.named_modules()} == before
-    assert model.kl_warmup_progress == 0
+    assert model.latent_encoder.kl_warmup_progress == 0
 
 
 def test_half_precision_models_are_scored_in_float32():
@@ -833,7 +833,7 @@ def test_progress_is_shown_on_request_only(capsys):
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"generator": [torch.Generator()]}, "generator must hold one for each of 2 rows, got 1"),
         ({"labels": (digits(2, 3) + 1) % 10}, "labels must equal input_ids"),
-        ({"labels": digits(2, 2)}, r"labels must have the shape.*\(2, 3\), got \(2, 2\)"),
+        ({"labels": digits(2, 2)}, r"labels must have shape \(2, 3\), got \(2, 2\)"),
         (
             {"labels": digits(2, 3), "attention_mask": torch.zeros(2, 3)},
             "labels must be -100 where attention_mask is 0",

@@ -5,17 +5,16 @@ import pytest
 import torch
 from helpers import digits, normal, pad_row, uniform
 
+from vmd_hf.blocks_vmd import row_positions
 from vmd_hf.noise_vmd import (
     corrupt_at_time,
     corrupt_before_step,
     hashed_noise,
-    most_revealed,
-    num_revealed,
     scored_tokens,
     seeded_noise,
-    step_schedule,
     stratified_uniform,
 )
+from vmd_hf.schedule_vmd import most_revealed, num_revealed, step_schedule
 
 
 def test_two_steps_over_three_tokens_reveal_one_then_two():
@@ -220,15 +219,18 @@ def test_stratified_numbers_come_in_random_order_and_are_uniform_in_their_interv
     assert inside.var().item() == pytest.approx(1 / 12, rel=0.03)
 
 
+def parts(noise):
+    return noise.times, noise.positions, noise.latents
+
+
 def plain_hash(rows, latent_size=4):
-    return hashed_noise(rows, None, torch.arange(rows.shape[1]).expand_as(rows), latent_size)
+    return parts(hashed_noise(rows, None, torch.arange(rows.shape[1]).expand_as(rows), (latent_size,)))
 
 
 def padded_hash(row, length, side, pad_token=11):
-    mask = pad_row(torch.ones_like(row), length, side, 0)
-    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-    times, positions, latents = hashed_noise(pad_row(row, length, side, pad_token), mask, position_ids, 4)
-    return times, positions[:, mask[0].bool()], latents
+    real = pad_row(torch.ones_like(row), length, side, 0) != 0
+    noise = hashed_noise(pad_row(row, length, side, pad_token), real, row_positions(real), (4,))
+    return noise.times, noise.positions[:, real[0]], noise.latents
 
 
 def test_hashed_noise_has_shapes_ranges_and_no_state():
@@ -258,15 +260,6 @@ def test_hashed_noise_depends_neither_on_the_padding_nor_on_what_it_holds(side, 
     row = digits(1, 5)
     for alone, padded in zip(plain_hash(row), padded_hash(row[0], 9, side, pad_token), strict=True):
         assert torch.equal(alone, padded)
-
-
-def test_hashed_noise_accepts_any_kind_of_attention_mask():
-    rows, mask = digits(2, 5), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-    expected = hashed_noise(rows, mask, position_ids, 4)
-    for other in (mask.bool(), mask.float()):
-        for first, second in zip(expected, hashed_noise(rows, other, position_ids, 4), strict=True):
-            assert torch.equal(first, second)
 
 
 def test_rows_that_differ_in_a_token_or_in_its_place_have_different_noise():
@@ -331,8 +324,9 @@ def test_hashed_normal_noise_is_finite_for_the_largest_uniform():
 
 
 def from_seeds(seeds, length=5, num_blocks=1, latent_size=4):
-    position_ids = torch.arange(length * num_blocks).view(num_blocks, length).repeat(len(seeds), 1)
-    return seeded_noise(torch.as_tensor(seeds), num_blocks, position_ids, latent_size)
+    position_ids = torch.arange(length * num_blocks).view(num_blocks, length).expand(len(seeds), -1, -1)
+    noise = seeded_noise(torch.as_tensor(seeds), position_ids >= 0, position_ids, (latent_size,))
+    return [part.flatten(0, 1) for part in parts(noise)]  # every block a row of its own
 
 
 @pytest.mark.parametrize("num_blocks", [1, 3])

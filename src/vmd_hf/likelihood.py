@@ -312,7 +312,8 @@ def _run(model, batch: CleanBatch, row_steps, has_latent, bound, noise: _Noise, 
         statistics = [torch.cat(part) for part in zip(*parts, strict=True)]
     has_step = torch.arange(num_steps, device=device)[:, None] < row_steps.amax(-1)
     states = has_step.expand(num_orders, -1, -1).nonzero()  # (states, 3): draw, step from 0, row
-    for chunk in tqdm(states.split(max(batch_size // num_samples, 1)), disable=not show_progress):
+    chunks = states.split(max(batch_size // num_samples, 1)) if len(states) else ()  # () if no token is scored
+    for chunk in tqdm(chunks, disable=not show_progress):
         order, step, row = chunk.unbind(-1)
         rows = batch.select(row)
         masked, revealed = _state(rows.maskable, row_steps[row], step, noise.rank[order, row])
