@@ -159,12 +159,12 @@ def shard_on_cpu() -> None:
 
 def run_script(argv: list[str]) -> dict:
     """`train_vmd.py`, which saves in its own folder."""
-    import train_vmd
+    from vmd_hf import recipes, training_run
 
-    model_args, data_args, training_args = train_vmd.parse(argv)
+    model_args, data_args, training_args = recipes.parse(argv)
     assert training_args.world_size == 2
     shard_on_cpu()
-    trainer = train_vmd.train(model_args, data_args, training_args)
+    trainer = training_run.train(model_args, data_args, training_args)
     return {"wrapper": type(trainer.model_wrapped).__name__, "log": trainer.state.log_history}
 
 

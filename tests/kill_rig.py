@@ -21,6 +21,7 @@ import torch
 import train_vmd
 from transformers.trainer_utils import get_last_checkpoint
 
+import vmd_hf.training_run  # noqa: F401, or each fork would import it anew
 from vmd_hf.training import last_whole_checkpoint
 
 SETTINGS = (

@@ -17,7 +17,8 @@ from test_cli import PUZZLE, run
 from test_hub import small_model
 
 pytest.importorskip("gradio", reason="gradio is not installed")
-from vmd_hf import cli, demo
+import vmd_hf_cli as cli
+from vmd_hf import demo
 from vmd_hf.data.sudoku import repeats
 from vmd_hf.data.synthetic import synthetic_tokenizer
 from vmd_hf.demo import panels, traces

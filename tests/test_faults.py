@@ -17,6 +17,7 @@ from test_hub import assert_same_state, names, small_model
 from transformers import AutoModelForMaskedLM
 
 import vmd_hf
+from vmd_hf import training_run
 from vmd_hf.data.synthetic import synthetic_tokenizer
 from vmd_hf.hub import export_model
 from vmd_hf.training import last_whole_checkpoint
@@ -78,7 +79,7 @@ def test_a_gradient_that_is_not_finite_stops_the_training_before_it_saves(
         if module.training and len(steps) == 3:
             output.loss = output.loss * factor
 
-    monkeypatch.setattr(train_vmd, "build_model", with_hook(train_vmd.build_model, spoil))
+    monkeypatch.setattr(training_run, "build_model", with_hook(training_run.build_model, spoil))
     arguments = [f"--save_steps={save_steps}", f"--max_grad_norm={clipping}", "--logging_steps=1000"]
     with pytest.raises(FloatingPointError, match=f"not finite.*step {found_in}"):
         train_vmd.main([*TRAIN, *arguments, f"--output_dir={tmp_path}"])
@@ -118,7 +119,7 @@ def test_a_full_disk_leaves_what_was_saved_before(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_to_is_found_before_the_training(monkeypatch):
-    monkeypatch.setattr(train_vmd, "build_data", lambda *args: pytest.fail("it started"))
+    monkeypatch.setattr(training_run, "build_data", lambda *args: pytest.fail("it started"))
     with pytest.raises(OSError, match="/proc/nowhere"):
         train_vmd.main([*TRAIN, "--output_dir=/proc/nowhere"])
     with pytest.raises(OSError, match="/proc/nowhere"):

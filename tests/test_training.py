@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion
-from vmd_hf.data.synthetic import synthetic_dataset, synthetic_stream, synthetic_tokenizer
+from vmd_hf.data.synthetic import synthetic_dataset, synthetic_tokenizer
 from vmd_hf.training import EMACallback, VMDMetricsCallback, metrics
 from vmd_hf.training.learning import unigram_entropy
 
@@ -235,7 +235,7 @@ def test_training_with_gradient_checkpointing_is_the_same_training(tmp_path):
 
 
 def test_training_on_a_stream(tmp_path):
-    stream = synthetic_stream("d1", seed=0)
+    stream = synthetic_dataset("d1", 100, seed=0).to_iterable_dataset()
     trainer = train(small_model(), tmp_path, rows=stream, max_steps=3)
     assert trainer.state.global_step == 3
     # The first 24 rows of the stream, in its order, are those of a data set that is not shuffled.

@@ -39,7 +39,10 @@ def main(argv: list[str]) -> None:
 
     from vmd_hf.evaluation.tables import print_table, tables_to_join, write_json
     from vmd_hf.evaluation.tasks import evaluate_task, titles_of
-    from vmd_hf.hub import load_model
+    from vmd_hf.hub import check_model, load_model
+
+    for name in filter(None, (args.baseline, args.judge)):
+        check_model(name)
 
     output, titles = args.output or Path(args.model) / "results.json", titles_of(args)
     found = tables_to_join(output, titles, args.overwrite)

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from .data.sudoku import sudoku_tokenizer
 from .data.synthetic import synthetic_tokenizer
 from .data.text import character_tokenizer
-from .hub import load_tokenizer
+from .hub import check_model, load_tokenizer
 
 
 def task_tokenizer(
@@ -19,6 +19,8 @@ def task_tokenizer(
     Raises:
         ValueError: the model has no tokenizer, or, of a task with symbols of its own, another vocabulary.
     """
+    if model is not None:
+        check_model(model)
     if task == "text" and model is not None:
         return load_tokenizer(model)
     own = {"synthetic": synthetic_tokenizer, "sudoku": sudoku_tokenizer, "text": character_tokenizer}[task]()

@@ -37,7 +37,7 @@ def write_space(
     copytree(
         PACKAGE,
         folder / "vmd_hf",
-        ignore=ignore_patterns("__pycache__", "training_scripts", "cli.py"),
+        ignore=ignore_patterns("__pycache__", "training_scripts"),
         dirs_exist_ok=True,
     )
     for path, name in zip(local, names, strict=True):

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
-from ..hub import load_tokenizer
+from ..hub import default_device, load_tokenizer
 from ..modeling_vmd import VMDForMaskedDiffusion
 from .verdicts import counted
 
@@ -31,12 +31,10 @@ class ShownModel(NamedTuple):
             OSError: if there is no such model.
             ValueError: if it has no tokenizer, or is none of this package.
         """
-        if device is None:
-            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         loaded = AutoModelForMaskedLM.from_pretrained(model).eval()
         if not isinstance(loaded, VMDForMaskedDiffusion):
             raise ValueError(f"model must be a VMDForMaskedDiffusion, got {model}, a {type(loaded).__name__}")
-        return cls(Path(model).name, loaded.to(device), load_tokenizer(model))
+        return cls(Path(model).name, loaded.to(device or default_device()), load_tokenizer(model))
 
     @property
     def has_latent(self) -> bool:
