@@ -120,7 +120,8 @@ class Layout:
         if self.slots is None:
             return grid
         slots = self.slots.clamp(max=self.num_blocks * self.width - 1)
-        return grid.take_along_dim(slots.view(*slots.shape, *[1] * (grid.dim() - 2)), dim=1)
+        slots = slots.view(*slots.shape, *[1] * (grid.dim() - 2)).expand(*slots.shape, *grid.shape[2:])
+        return grid.gather(1, slots)  # take_along_dim would fix the sizes of an exported model
 
     def select(self, rows: torch.Tensor) -> "Layout":
         """The layout on the grid of a batch that is made of these rows (int64, any number of times each)."""
