@@ -32,18 +32,17 @@ def transitions_of(model, input_ids, masked):
 
 
 def repeated(transitions, number, row=0):
-    parts = (transitions.weights, transitions.preference, transitions.normaliser)
-    return Transitions(transitions.kernels, *(part[[row]].expand(number, -1, -1) for part in parts))
+    """The transitions of one row as those of many."""
+    parts = (transitions.start, transitions.matrix)
+    return Transitions(*(part[[row]].expand(number, *part.shape[1:]) for part in parts))
 
 
 def paths(transitions, masked):
     """Every path of states of the masked columns with its probability, by multiplication."""
-    num_states = transitions.kernels.shape[2]
-    for path in itertools.product(range(num_states), repeat=len(masked)):
-        probability, before = 1.0, num_states
-        for column, state in zip(masked, path, strict=True):
-            probability *= transitions.rows(torch.tensor([before]), column)[0, state].item()
-            before = state
+    for path in itertools.product(range(transitions.start.shape[2]), repeat=len(masked)):
+        probability = transitions.start[0, masked[0], path[0]].item()
+        for place in range(1, len(masked)):
+            probability *= transitions.matrix[0, masked[place] - 1, path[place - 1], path[place]].item()
         yield path, probability
 
 
@@ -171,15 +170,11 @@ def test_long_chains_agree_with_a_recursion_over_logarithms_in_double_precision(
         transitions = model.chain.transitions(hidden_states)
         every = torch.ones(2, length, dtype=torch.bool)
         found = chain_log_probs(transitions, emissions, every, every, every[:, 0]).sum(-1)
-        states = torch.arange(num_states + 1)
         for row in range(2):
-            alpha = torch.full((num_states + 1,), -torch.inf).double()
-            alpha[-1] = 0
-            for column in range(length):
-                one = repeated(transitions, num_states + 1, row)
-                matrix = one.rows(states, column).double().log()  # (K + 1, K)
+            alpha = transitions.start[row, 0].double().log() + emissions[row, 0].double()
+            for column in range(1, length):
+                matrix = transitions.matrix[row, column - 1].double().log()
                 alpha = (alpha[:, None] + matrix).logsumexp(0) + emissions[row, column].double()
-                alpha = torch.cat([alpha, alpha.new_full((1,), -torch.inf)])
             assert found[row].item() == pytest.approx(alpha.logsumexp(0).item(), rel=1e-5)
 
 

@@ -2,12 +2,12 @@
 
 The masked positions i_1 < ... < i_n of a block (or sequence) have states s_1..s_n in {1..K}:
 
-    p(x_A | x_t) = sum_s prod_j T_j(s_{j-1} -> s_j | x_t) prod_{i_j in A} p(x_0^{i_j} | s_j, x_t),   A a subset of M_t
+    p(x_A | x_t) = sum_s pi(s_1 | x_t) prod_j T_j(s_{j-1} -> s_j | x_t) prod_{i_j in A} p(x_0^{i_j} | s_j, x_t)
 
-with T_1 from a state of its own, the start. All factors are read off the hidden states h and the logits a of one pass
-of the denoiser:
+for any subset A of M_t. All factors are read off the hidden states h and the logits a of one pass of the denoiser:
 
-    T_j(s -> s')   proportional to   exp(q_{s'}(h_j)) sum_m w_m(h_j) exp(E_m[s, s'])
+    pi(s)          proportional to   exp(E_0[s] + q_s(h_1))
+    T_j(s -> s')   proportional to   exp(E[s, s'] + q_{s'}(h_j) + sum_m g_m(h_j) W_m[s, s'])
     p(v | s, h_i)  proportional to   exp(a_iv + sum_r U_sr (1 + e_r(h_i)) V_vr),     sum_s U_sr = 0
 
 Of a large vocabulary, only the most probable tokens at a position have the sum in the exponent, and all others 0. The
@@ -15,12 +15,12 @@ probabilities of all tokens still sum to 1, and the cost does not depend on the 
 
 The sum over all paths is the forward recursion, so that the likelihood is exact: there is no posterior to learn, no KL
 term and nothing to collapse. Emissions of tokens that are not revealed sum to 1, so that all steps, orders and subsets
-share one joint distribution. One state is the model without a latent. Transitions are a mixture of M kernels, so that
-a step of the recursion is a product with one matrix for all positions, and no tensor has K x K entries a position.
+share one joint distribution. One state is the model without a latent.
 
 Everything is computed in float32.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,42 +38,20 @@ class Transitions:
     """The transitions of a batch of groups (blocks or sequences) of n columns each.
 
     Attributes:
-        kernels: (M, K + 1, K), exp(E); the last row is the start.
-        weights: (groups, n, M), w.
-        preference: (groups, n, K), exp(q), at most 1.
-        normaliser: (groups, n, K + 1), over s' for each s.
+        start: (groups, n, K), pi where a column is the first masked one.
+        matrix: (groups, n - 1, K, K), T of all columns but the first.
         restarts: (groups, n) bool, where a new document begins with a chain of its own; `None`: nowhere.
     """
 
-    kernels: torch.Tensor
-    weights: torch.Tensor
-    preference: torch.Tensor
-    normaliser: torch.Tensor
+    start: torch.Tensor
+    matrix: torch.Tensor
     restarts: torch.Tensor | None = None
 
-    def start(self) -> torch.Tensor:
-        """(groups, K + 1): the probabilities of the states before the first masked column."""
-        groups, num_states = self.preference.shape[0], self.preference.shape[2]
-        return nn.functional.pad(self.preference.new_zeros(groups, num_states), (0, 1), value=1.0)
-
-    def enter(self, column: int, state: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """The state before a column, or the start, if a document begins there."""
-        if self.restarts is None:
-            return state
-        begins = self.restarts[:, column]
-        return torch.where(begins.view(-1, *[1] * (state.dim() - 1)), start, state)
-
-    def step(self, state: torch.Tensor, column: int) -> torch.Tensor:
-        """Probabilities of the states before a column, (groups, K + 1), to those at it, (groups, K)."""
-        scaled = state / self.normaliser[:, column]
-        reached = torch.einsum("gs,msk->gmk", scaled, self.kernels)
-        return self.preference[:, column] * torch.einsum("gm,gmk->gk", self.weights[:, column], reached)
-
-    def rows(self, state: torch.Tensor, column: int) -> torch.Tensor:
-        """T(state -> s') at a column, (groups, K), of states (groups,) int64 before it, K for the start."""
-        kernel = torch.einsum("gm,gmk->gk", self.weights[:, column], self.kernels[:, state].transpose(0, 1))
-        normaliser = self.normaliser[:, column].gather(-1, state[:, None])
-        return self.preference[:, column] * kernel / normaliser
+    def columns(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
+        """(start, matrix, restarts) of each column. (Unbound at once: a gradient for each column would be as large as
+        that of all.)"""
+        restarts = [None] * self.start.shape[1] if self.restarts is None else self.restarts.unbind(1)
+        yield from zip(self.start.unbind(1), (None, *self.matrix.unbind(1)), restarts, strict=True)
 
 
 class VMDChain(nn.Module):
@@ -85,21 +63,22 @@ class VMDChain(nn.Module):
         self.num_candidates = config.candidate_tokens
         rank = config.conditioning_size
         self.state_proj = nn.Linear(config.hidden_size, self.num_states)  # q
-        self.kernel_proj = nn.Linear(config.hidden_size, NUM_KERNELS)  # w
+        self.kernel_proj = nn.Linear(config.hidden_size, NUM_KERNELS)  # g
         self.tilt_proj = nn.Linear(config.hidden_size, rank)  # e
-        self.kernels = nn.Parameter(torch.empty(NUM_KERNELS, self.num_states + 1, self.num_states))  # E
+        self.start = nn.Parameter(torch.empty(self.num_states))  # E_0
+        self.table = nn.Parameter(torch.empty(self.num_states, self.num_states))  # E
+        self.kernels = nn.Parameter(torch.empty(NUM_KERNELS, self.num_states, self.num_states))  # W
         self.state_vectors = nn.Parameter(torch.empty(self.num_states, rank))  # U
         self.token_vectors = nn.Parameter(torch.empty(config.vocab_size, rank))  # V
 
     def transitions(self, hidden_states: torch.Tensor, restarts: torch.Tensor | None = None) -> Transitions:
         """Of hidden states (groups, n, hidden)."""
         scores = self._project(self.state_proj, hidden_states)
-        preference = (scores - scores.amax(-1, keepdim=True)).exp()
-        weights = self._project(self.kernel_proj, hidden_states).softmax(-1)
-        kernels = self.kernels.float().exp()
-        reached = torch.einsum("gnk,msk->gnms", preference, kernels)
-        normaliser = torch.einsum("gnm,gnms->gns", weights, reached)
-        return Transitions(kernels, weights, preference, normaliser, restarts)
+        start = (scores + self.start.float()).softmax(-1)
+        weights = self._project(self.kernel_proj, hidden_states[:, 1:])  # no state comes before the first column
+        logits = torch.addmm(self.table.float().flatten(), weights.flatten(0, 1), self.kernels.float().flatten(1))
+        logits = logits.view(*weights.shape[:2], self.num_states, self.num_states).add_(scores[:, 1:, None])
+        return Transitions(start, logits.softmax(-1), restarts)
 
     def _project(self, layer: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
         return layer(hidden_states.to(input_dtype(layer))).float()
@@ -169,6 +148,22 @@ class VMDChain(nn.Module):
         return tilted, normaliser, top.indices
 
 
+def advance(
+    state: torch.Tensor,
+    begun: torch.Tensor,
+    start: torch.Tensor,
+    matrix: torch.Tensor | None,
+    restarts: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities of the states before a column, (groups, K), to those at it; and `begun` (groups, 1) bool, whether
+    there is a state before it in its document."""
+    if restarts is not None:
+        begun = begun & ~restarts[:, None]
+    if matrix is None:
+        return start, begun
+    return torch.where(begun, torch.bmm(state[:, None], matrix)[:, 0], start), begun
+
+
 def chain_log_probs(
     transitions: Transitions,
     emissions: torch.Tensor,
@@ -184,31 +179,30 @@ def chain_log_probs(
         masked, scored: (groups, n) bool, M_t and A.
         joint: (groups,) bool.
     """
-    state = start = transitions.start()
-    highest = emissions.amax(-1, keepdim=True)
-    relative = (emissions - highest).exp()
-    log_probs = []
-    for column in range(masked.shape[1]):
-        state = transitions.enter(column, state, start)
-        predicted = transitions.step(state, column)  # (groups, K)
-        seen = predicted * relative[:, column]
-        evidence = seen.sum(-1, keepdim=True).clamp(min=_SMALLEST)
-        is_scored = scored[:, column, None]
-        log_probs.append(torch.where(is_scored, evidence.log() + highest[:, column], 0.0))
-        predicted = torch.where(is_scored & joint[:, None], seen / evidence, predicted)
-        state = torch.where(masked[:, column, None], nn.functional.pad(predicted, (0, 1)), state)
-    return torch.cat(log_probs, dim=-1)
+    highest = emissions.amax(-1)
+    relative = (emissions - highest[..., None]).exp().unbind(1)
+    conditioned = (scored & joint[:, None])[..., None].unbind(1)
+    masked = masked[..., None].unbind(1)
+    state, begun = relative[0], torch.zeros_like(masked[0])
+    evidence = []
+    for column, factors in enumerate(transitions.columns()):
+        predicted, begun = advance(state, begun, *factors)
+        seen = predicted * relative[column]
+        evidence.append(seen.sum(-1, keepdim=True).clamp(min=_SMALLEST))
+        predicted = torch.where(conditioned[column], seen / evidence[-1], predicted)
+        state, begun = torch.where(masked[column], predicted, state), begun | masked[column]
+    return (torch.cat(evidence, dim=-1).log() + highest).where(scored, 0.0)
 
 
 def state_marginals(transitions: Transitions, masked: torch.Tensor) -> torch.Tensor:
     """p(s_j | x_t), (groups, n, K), at masked columns; arbitrary elsewhere."""
-    state = start = transitions.start()
+    masked = masked[..., None].unbind(1)
+    state, begun = transitions.start[:, 0], torch.zeros_like(masked[0])
     found = []
-    for column in range(masked.shape[1]):
-        state = transitions.enter(column, state, start)
-        predicted = transitions.step(state, column)
+    for is_masked, factors in zip(masked, transitions.columns(), strict=True):
+        predicted, begun = advance(state, begun, *factors)
         found.append(predicted)
-        state = torch.where(masked[:, column, None], nn.functional.pad(predicted, (0, 1)), state)
+        state, begun = torch.where(is_masked, predicted, state), begun | is_masked
     return torch.stack(found, dim=1)
 
 
@@ -221,40 +215,41 @@ def draw_states(transitions: Transitions, masked: torch.Tensor, noise: torch.Ten
     """
     if noise is None:
         return most_probable_states(transitions, masked)
-    state = start = torch.full(masked.shape[:1], transitions.kernels.shape[2], device=masked.device)
+    masked = masked[..., None].unbind(1)
+    state, begun = torch.zeros_like(noise[:, 0]), torch.zeros_like(masked[0])
     path = []
-    for column in range(masked.shape[1]):
-        state = transitions.enter(column, state, start)
+    for column, factors in enumerate(transitions.columns()):
+        predicted, begun = advance(state, begun, *factors)
         # The largest of probabilities over independent exponentials falls on a state with its probability.
-        drawn = (transitions.rows(state, column) / noise[:, column]).argmax(-1)
-        path.append(drawn)
-        state = torch.where(masked[:, column], drawn, state)
+        path.append((predicted / noise[:, column]).argmax(-1))
+        drawn = nn.functional.one_hot(path[-1], noise.shape[-1]).to(noise.dtype)
+        state, begun = torch.where(masked[column], drawn, state), begun | masked[column]
     return torch.stack(path, dim=1)
 
 
 def most_probable_states(transitions: Transitions, masked: torch.Tensor) -> torch.Tensor:
     """The Viterbi path, (groups, n) int64; arbitrary at columns that are not masked."""
-    num_states = transitions.kernels.shape[2]
-    score = start = transitions.start().log()
+    masked = masked[..., None].unbind(1)
+    score, begun = torch.zeros_like(transitions.start[:, 0]), torch.zeros_like(masked[0])
+    stay = torch.arange(score.shape[-1], device=score.device).expand(score.shape)
     origins = []
-    for column in range(masked.shape[1]):
-        # What the best path to each state comes from; where a document begins, the best end of the one before.
-        end = score.argmax(-1, keepdim=True)
-        entered = transitions.enter(column, score, start)
-        kernel = torch.einsum("gm,msk->gsk", transitions.weights[:, column], transitions.kernels)
-        matrix = kernel * transitions.preference[:, column, None] / transitions.normaliser[:, column, :, None]
-        best, origin = (entered[..., None] + matrix.clamp(min=_SMALLEST).log()).max(1)
-        origin = transitions.enter(column, origin, end.expand_as(origin))
-        stay = torch.arange(num_states + 1, device=masked.device).expand_as(score)
-        origins.append(torch.where(masked[:, column, None], nn.functional.pad(origin, (0, 1)), stay))
-        best = nn.functional.pad(best, (0, 1), value=-torch.inf)
-        score = torch.where(masked[:, column, None], best, entered)
-    state = score.argmax(-1)
+    for is_masked, (start, matrix, restarts) in zip(masked, transitions.columns(), strict=True):
+        if restarts is not None:
+            begun = begun & ~restarts[:, None]
+        # A chain that begins here follows the best end of the one before.
+        ended, origin = score.max(-1, keepdim=True)
+        best, origin = ended + start.log(), origin.expand_as(stay)
+        if matrix is not None:
+            inside, before = (score[..., None] + matrix.log()).max(1)
+            best, origin = torch.where(begun, inside, best), torch.where(begun, before, origin)
+        origins.append(torch.where(is_masked, origin, stay))
+        score, begun = torch.where(is_masked, best, score), begun | is_masked
+    state = score.argmax(-1, keepdim=True)
     path = []
-    for column in reversed(range(masked.shape[1])):
-        path.append(state.clamp(max=num_states - 1))
-        state = origins[column].gather(-1, state[:, None]).squeeze(-1)
-    return torch.stack(path[::-1], dim=1)
+    for origin in reversed(origins):
+        path.append(state)
+        state = origin.gather(-1, state)
+    return torch.cat(path[::-1], dim=-1)
 
 
 __all__ = ["Transitions", "VMDChain", "chain_log_probs", "draw_states", "most_probable_states", "state_marginals"]

@@ -147,9 +147,11 @@ class VMDPreTrainedModel(PreTrainedModel):
             # Emissions differ little between states: training starts near the model without a chain. What breaks the
             # symmetry soon is that states depend much on one another (with a deviation of 0.5 little is learned for
             # hundreds of updates), and large state vectors.
-            init.normal_(module.kernels, std=2.0)
+            init.zeros_(module.start)
+            init.normal_(module.table, std=2.0)
+            init.normal_(module.kernels, std=0.05)
             init.normal_(module.state_vectors, std=1.0)
-            init.normal_(module.token_vectors, std=0.3 * module.token_vectors.shape[1] ** -0.5)
+            init.normal_(module.token_vectors, std=0.1 * module.token_vectors.shape[1] ** -0.5)
         elif isinstance(module, VMDLatentEncoder):
             init.zeros_(module.kl_warmup_progress)
 

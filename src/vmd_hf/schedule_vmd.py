@@ -5,7 +5,9 @@ import torch
 
 def step_schedule(num_maskable: torch.Tensor, num_steps: int | torch.Tensor) -> torch.Tensor:
     """T_n = min(T, n): the steps that a row with n maskable tokens takes of T. Any integer shape."""
-    return torch.minimum(num_maskable, torch.as_tensor(num_steps, device=num_maskable.device))
+    if isinstance(num_steps, int):
+        return num_maskable.clamp(max=num_steps)
+    return torch.minimum(num_maskable, num_steps)
 
 
 def num_revealed(step: int | torch.Tensor, num_maskable: torch.Tensor, row_steps: torch.Tensor) -> torch.Tensor:
