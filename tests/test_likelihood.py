@@ -357,6 +357,7 @@ def perfect_pair():
             hidden_size=4,
             num_attention_heads=1,
             latent_size=1,
+            position_embedding_type="rotary",  # so that embeddings are those of the tokens alone
             tie_word_embeddings=False,
         )
     ).eval()
