@@ -72,7 +72,7 @@ def model(original):
     """A VMD around it, in which z has a say."""
     torch.manual_seed(1)
     model = VMDForMaskedDiffusion.from_masked_lm(original, latent_size=3, mask_token_id=MASK, kl_warmup_steps=0).eval()
-    torch.nn.init.normal_(model.model.modulation.weight, std=0.3)
+    torch.nn.init.normal_(model.model.modulation.weight, std=2.0)
     return model
 
 
@@ -158,7 +158,7 @@ def test_a_folder_becomes_a_vmd_that_trains_saves_and_loads(way, tmp_path):
     """As the README shows it, with the plain Trainer: whichever way, z has a say in the end, and the original stays as
     it is unless it is trained."""
     torch.manual_seed(0)
-    bert().save_pretrained(tmp_path / "original")
+    bert(vocab_size=16).save_pretrained(tmp_path / "original")
     synthetic_tokenizer().save_pretrained(tmp_path / "original")
 
     def start():
@@ -181,7 +181,7 @@ def test_a_folder_becomes_a_vmd_that_trains_saves_and_loads(way, tmp_path):
     arguments = {"max_steps": 4, "learning_rate": 1e-2, "report_to": "none", "save_strategy": "no", "use_cpu": True}
     Trainer(model, TrainingArguments(str(tmp_path), **arguments), train_dataset=rows).train()
 
-    ids = tokens(2, 6)
+    ids = tokens(2, 6) % 10
     logits = [model.eval()(ids, latents=z).logits for z in (normal(2, 3), normal(2, 3, seed=1))]
     assert (logits[0] - logits[1])[..., 2:10].abs().max() > 1e-4
     model.save_pretrained(tmp_path / "trained")
@@ -245,6 +245,20 @@ def bert(**changes):
 def test_a_model_object_needs_its_mask_token():
     with pytest.raises(ValueError, match=r"mask_token_id must be given.*None"):
         VMDForMaskedDiffusion.from_masked_lm(bert())
+
+
+def test_a_folder_needs_a_tokenizer_that_fits(tmp_path):
+    """Without its files transformers makes one up, of special tokens alone."""
+    bert(vocab_size=200).save_pretrained(tmp_path)
+    message = "the tokenizer beside .* must be the model's own, of 200 tokens and with a mask token, got"
+    with pytest.raises(ValueError, match=message):
+        VMDForMaskedDiffusion.from_masked_lm(tmp_path)
+    synthetic_tokenizer().save_pretrained(tmp_path)  # of twelve
+    with pytest.raises(ValueError, match=f"{message} 12 tokens"):
+        VMDForMaskedDiffusion.from_masked_lm(tmp_path)
+    assert VMDForMaskedDiffusion.from_masked_lm(tmp_path, mask_token_id=7).config.mask_token_id == 7
+    bert(vocab_size=16).save_pretrained(tmp_path)  # padded to a round number
+    assert VMDForMaskedDiffusion.from_masked_lm(tmp_path).config.mask_token_id == synthetic_tokenizer().mask_token_id
 
 
 def test_models_without_an_encoder_or_a_head_are_errors():

@@ -25,11 +25,11 @@ BROKEN_RULES = [
     ({"max_position_embeddings": 0}, "max_position_embeddings.*got 0"),
     (
         {"latent_input": "layers_and_positions", "latent_size": 0},
-        "latent_input='layers_and_positions' needs a latent and no backbone",
+        "latent_input='layers_and_positions' needs a Gaussian latent and no backbone",
     ),
     (
         {"latent_input": "position_slices", "latent_size": 0},
-        "latent_input='position_slices' needs a latent and no backbone",
+        "latent_input='position_slices' needs a Gaussian latent and no backbone",
     ),
     ({"latent_input": "position_slices", "latent_size": 15}, "multiple of the positions, 16, .* got 15"),
     ({"latent_input": "position_slices", "latent_size": 6, "block_size": 4}, "multiple of the positions, 4, .* got 6"),

@@ -219,7 +219,7 @@ def test_bounds_lie_above_the_exact_value_and_tighten_with_the_samples(settings,
     assert elbo > means[1] + 4.5 * errors[1]  # the samples help
     assert means[1] > means[2] - 3 * errors[1]
     assert means[2] > limit - 4.5 * errors[2]
-    assert means[2] - limit < 0.25 * (elbo - limit)
+    assert means[2] - limit < 0.3 * (elbo - limit)
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
@@ -357,6 +357,7 @@ def perfect_pair():
             hidden_size=4,
             num_attention_heads=1,
             latent_size=1,
+            position_embedding_type="rotary",  # so that embeddings are those of the tokens alone
             tie_word_embeddings=False,
         )
     ).eval()

@@ -25,6 +25,7 @@ from torch.distributions import Normal
 from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from vmd_hf import VMDForMaskedDiffusion, VMDModel
+from vmd_hf.checks_vmd import check_labels
 
 GRID = [[i // 4 for i in range(16)], [i % 4 for i in range(16)]]
 POSITIONS = {
@@ -271,6 +272,50 @@ def test_attention_implementations_agree(implementation):
         results.append((plain, padded, loss))
     for first, second in zip(*results, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+
+
+PACKED = {"side by side": "AAABBBBC", "padding": ".AAA..BB.CC"}
+
+
+@implementations_beside_eager
+@pytest.mark.parametrize("position", ["both", "learned", "group bias"])
+@pytest.mark.parametrize("case", list(PACKED))
+def test_documents_of_a_packed_row_do_not_see_one_another(case, position, implementation):
+    """They restart where positions do, and have the logits and the loss of rows of their own."""
+    model, pattern = tiny_model(latent_size=0, **POSITIONS[position]), PACKED[case]
+    if position == "group bias" and implementation == "flex_attention":
+        pytest.skip("flex attention takes no biases")
+    device = "cuda" if implementation == "flex_attention" else "cpu"
+    x_0, mask = digits(2, len(pattern)), torch.tensor([[letter != "." for letter in pattern]]).long().expand(2, -1)
+    columns = {letter: [i for i, other in enumerate(pattern) if other == letter] for letter in "ABC"}
+    position_ids = torch.zeros(2, len(pattern), dtype=torch.long)
+    for own in columns.values():
+        position_ids[:, own] = torch.arange(len(own))
+    mask_or_none = None if "." not in pattern else mask.to(device)
+    labels, noise = x_0.masked_fill(mask == 0, -100), {"times": torch.full((2,), 0.5)}
+    noise["position_noise"] = uniform(2, len(pattern))
+    for name in ("eager", implementation):
+        model.set_attn_implementation(name)
+        model.to(device)
+        inputs = {"position_ids": position_ids.to(device), "attention_mask": mask_or_none}
+        logits = model(some_masked(x_0).to(device), **inputs).logits
+        given = {key: value.to(device) for key, value in noise.items()}
+        packed = model(x_0.to(device), labels=labels.to(device), **inputs, **given)
+        total = 0.0
+        for own in columns.values():
+            alone = model(some_masked(x_0)[:, own].to(device)).logits
+            torch.testing.assert_close(logits[:, own], alone, rtol=1e-4, atol=1e-4)
+            tokens, own_noise = x_0[:, own].to(device), given | {"position_noise": given["position_noise"][:, own]}
+            total = total + model(tokens, labels=tokens, num_items_in_batch=mask.sum(), **own_noise).loss
+        torch.testing.assert_close(packed.loss, total, rtol=1e-4, atol=1e-4)
+
+
+def test_documents_of_a_packed_row_cannot_share_a_latent():
+    model, x_t = tiny_model(), digits(1, 5)
+    model(x_t, position_ids=torch.tensor([[3, 4, 6, 7, 9]]))  # one document
+    for labels in (None, x_t):
+        with pytest.raises(ValueError, match="position_ids must not restart within a row"):
+            model(x_t, position_ids=torch.tensor([[0, 1, 2, 0, 1]]), labels=labels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -758,12 +803,31 @@ def test_the_kl_weight_warms_up_over_training_passes_and_goes_on_after_loading(t
     model.eval()
     assert factor(model) == pytest.approx(2, rel=1e-4)  # evaluation has the full weight, and does not count
     model(digits(2, 3))
+    with torch.no_grad():  # nor does a pass in training mode that is no step
+        assert factor(model.train()) == pytest.approx(2 * 8 / 64, rel=1e-4)
     model.save_pretrained(tmp_path)
     assert model.state_dict()["latent_encoder.kl_warmup_progress"] == 2
     loaded = VMDForMaskedDiffusion.from_pretrained(tmp_path).train()
     expected = [2 * 27 / 64, 2, 2, 2]
     assert [factor(loaded) for _ in range(4)] == pytest.approx(expected, rel=1e-4)
     assert [factor(model.train()) for _ in range(4)] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("settings", [{}, {"block_size": 3, "prior": "learned"}])
+def test_huge_log_variances_have_a_finite_kl(settings, dtype):
+    model, input_ids = tiny_model(**settings).to(dtype), digits(3, 6)
+    for signs in (1, -1):
+        with torch.no_grad():
+            model.latent_encoder.out_proj.weight.zero_()
+            model.latent_encoder.out_proj.bias[4:] = signs * 6e4
+            if model.model.latent_prior is not None:
+                model.model.latent_prior.out_proj.weight.zero_()
+                model.model.latent_prior.out_proj.bias[4:] = -signs * 6e4
+        output = model(input_ids, labels=input_ids, noise_seeds=torch.arange(3))
+        assert output.kl.isfinite() and output.kl > 1 and output.loss.isfinite()
+        output.loss.backward()
+        assert gradients_are_finite(model)
 
 
 def gradients_are_finite(model):
@@ -1180,6 +1244,18 @@ def test_misuse_of_the_loss_is_an_error(case, training):
     model(input_ids=IDS, labels=IDS)
     with pytest.raises(ValueError, match=message):
         model(**({"input_ids": IDS, "labels": IDS} | arguments))
+
+
+def test_where_python_must_not_wait_for_labels_the_device_checks_them(monkeypatch):
+    """As on an accelerator: the check is an operation of the device's own, whose error comes later."""
+    model, checks = tiny_model(), []
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch, "_assert_async", lambda holds, message: checks.append((bool(holds), message)))
+    for labels, wrong in ((IDS, []), (changed(IDS, (0, 1), 7), ["labels must equal input_ids where"])):
+        checks.clear()
+        check_labels(IDS, labels, torch.ones_like(IDS), model.config)
+        assert len(checks) == 3
+        assert [message[: len(wrong[0])] for holds, message in checks if not holds] == wrong
 
 
 def test_denoising_knows_its_arguments_too():

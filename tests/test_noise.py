@@ -13,6 +13,7 @@ from vmd_hf.noise_vmd import (
     scored_tokens,
     seeded_noise,
     stratified_uniform,
+    training_noise,
 )
 from vmd_hf.schedule_vmd import most_revealed, num_revealed, step_schedule
 
@@ -379,3 +380,21 @@ def test_position_noise_ranks_do_not_depend_on_context():
     alone = corrupt_before_step(torch.ones(1, 4, dtype=torch.bool), times, noise[:, kept], [4])
     assert torch.equal(corruption.revealed[:, kept], alone.revealed)
     assert corruption.revealed.sum() == 1
+
+
+def test_processes_of_data_parallel_draw_noise_of_their_own(monkeypatch):
+    """The Trainer seeds them all alike. Their times are stratified together."""
+    maskable = torch.ones(8, 2, 5, dtype=torch.bool)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    of_ranks = []
+    for rank in range(4):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        torch.manual_seed(0)
+        of_ranks.append(parts(training_noise(maskable, (3,))))
+    times, positions, latents = (torch.cat(part) for part in zip(*of_ranks, strict=True))
+    assert (times.shape, positions.shape, latents.shape) == ((32, 2), (32, 2, 5), (32, 2, 3))
+    assert all(len(part.unique()) == part.numel() for part in (times, positions, latents))
+    grid, of_first_blocks = torch.arange(33) / 32, times[:, 0].sort().values
+    assert max((grid[1:] - of_first_blocks).max(), (of_first_blocks - grid[:-1]).max()) < 3 / 32
+    assert not torch.equal(training_noise(maskable, (3,)).times, of_ranks[-1][0])  # a step later
