@@ -72,7 +72,8 @@ def model(original):
     """A VMD around it, in which z has a say."""
     torch.manual_seed(1)
     model = VMDForMaskedDiffusion.from_masked_lm(original, latent_size=3, mask_token_id=MASK, kl_warmup_steps=0).eval()
-    torch.nn.init.normal_(model.model.modulation.weight, std=2.0)
+    for parameter in (*model.model.conditioner.parameters(), model.model.modulation.weight):
+        torch.nn.init.normal_(parameter, std=0.5)
     return model
 
 
@@ -250,7 +251,7 @@ def test_a_model_object_needs_its_mask_token():
 def test_a_folder_needs_a_tokenizer_that_fits(tmp_path):
     """Without its files transformers makes one up, of special tokens alone."""
     bert(vocab_size=200).save_pretrained(tmp_path)
-    message = "the tokenizer beside .* must be the model's own, of 200 tokens and with a mask token, got"
+    message = "the tokenizer beside .* must be the model's own, of at most 200 tokens and with a mask token, got"
     with pytest.raises(ValueError, match=message):
         VMDForMaskedDiffusion.from_masked_lm(tmp_path)
     synthetic_tokenizer().save_pretrained(tmp_path)  # of twelve

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 
 from vmd_hf import VMDForMaskedDiffusion, VMDGenerationConfig, sampling_vmd
 from vmd_hf.generation_configuration_vmd import REMASKING_RULES
-from vmd_hf.masking_vmd import EMPTY
+from vmd_hf.blocks_vmd import EMPTY
 from vmd_hf.sampling_vmd import corrector_probability
 
 SIZE, LATENT = 4, 4  # tokens of a block, dimensions of a latent
@@ -40,7 +40,7 @@ RANDOM = {"do_sample": True, "remasking": "random", "num_steps": 2}
 def block_model(seed=3, **overrides):
     """A model whose seed was chosen for predictions that vary. Rotary positions alone cannot tell the positions of
     masks apart, which would leave ties to rounding: there is also a table of the positions in a block."""
-    settings = {"block_size": SIZE, "max_position_embeddings": 24}
+    settings = {"block_size": SIZE, "max_position_embeddings": 24, "position_embedding_type": "rotary"}
     settings["position_groups"] = [[i % SIZE for i in range(overrides.get("max_position_embeddings", 24))]]
     return randomise(VMDForMaskedDiffusion(tiny_config(**(settings | overrides))), seed=seed).eval()
 
@@ -733,8 +733,8 @@ def assert_latents(model, passes, expected, scale=1.0):
     """In each pass the rows at work have these latents."""
     for call, latents in zip(passes, expected, strict=True):
         for row, z in latents.items():
-            modulation = model.model.modulation_of(scale * z[None, None])
-            torch.testing.assert_close(call["modulation"][row : row + 1], modulation)
+            conditioning = model.model.condition(scale * z[None, None])
+            torch.testing.assert_close(call["conditioning"][row : row + 1], conditioning)
 
 
 @torch.no_grad()
@@ -1213,7 +1213,7 @@ def test_guidance_is_one_pass_of_twice_as_many_rows_with_the_same_latents(any_mo
     assert guided.rows == [2 * rows for rows in plain.rows]
     assert [len(logits) for logits in guided.logits] == [len(logits) for logits in plain.logits]
     for call in guided.passes:
-        first, second = call["modulation"].chunk(2)
+        first, second = call["conditioning"].chunk(2)
         assert torch.equal(first, second)
     assert output.num_forward_passes.max() == len(guided.rows)  # a pass counts once
 

@@ -290,7 +290,7 @@ def test_the_weight_of_the_kl_grows_until_the_warm_up_ends(tmp_path):
     assert 0 < factors[0] < factors[1] < factors[2] < factors[3]
     assert factors[2] < 0.4
     assert factors[3:] == pytest.approx([0.5] * 3, rel=1e-4)
-    assert model.kl_warmup_progress == 6
+    assert model.latent_encoder.kl_warmup_progress == 6
 
 
 @pytest.mark.parametrize("batch_size, accumulation", [(8, 1), (2, 4)])
@@ -487,7 +487,7 @@ def test_a_resumed_training_ends_with_the_same_bits(tmp_path, with_average, step
     assert_equal_weights(actual, expected)
     assert_equal_weights(actual_file, expected_file)
     assert_equal_weights(load_file(training_weights) if with_average else {}, expected_training)
-    assert actual["kl_warmup_progress"] == 8
+    assert actual["latent_encoder.kl_warmup_progress"] == 8
     assert logged(resumed, "kl") == logged(whole, "kl")
 
 

@@ -88,11 +88,11 @@ def load_masked_lm(model: str | os.PathLike, mask_token_id: int | None) -> tuple
     if mask_token_id is None:
         tokenizer = AutoTokenizer.from_pretrained(model)
         mask_token_id, size = tokenizer.mask_token_id, backbone.config.vocab_size
-        # transformers makes up a tokenizer of special tokens where there are no files of one; a real one has about as
-        # many tokens as the model (some models pad their embeddings to a round number).
-        if mask_token_id is None or not size / 2 <= len(tokenizer) <= size:
+        # Where there are no files of one, transformers makes up a tokenizer that has special tokens only.
+        invented = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
+        if mask_token_id is None or invented or len(tokenizer) > size:
             raise ValueError(
-                f"the tokenizer beside {model} must be the model's own, of {size} tokens and with a mask token, got "
+                f"the tokenizer beside {model} must be the model's own, of at most {size} tokens and with a mask token, got "
                 f"{len(tokenizer)} tokens and mask token {tokenizer.mask_token!r}: put its files there, or give "
                 "mask_token_id"
             )

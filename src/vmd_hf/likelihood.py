@@ -168,8 +168,6 @@ def nelbo(
         input_ids, labels, attention_mask, position_ids = (
             None if part is None else part.to(device) for part in (input_ids, labels, attention_mask, position_ids)
         )
-        if labels is None:
-            labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
         batch = read_clean(model, input_ids, labels, attention_mask, position_ids)
         num_maskable = batch.maskable.sum(-1)  # (batch, N)
         row_steps = step_schedule(num_maskable, num_steps)

@@ -88,13 +88,16 @@ class Loss:
     layout: Layout
 
 
-def read_clean(model, input_ids, labels, attention_mask=None, position_ids=None) -> CleanBatch:
-    """Lays out clean rows (batch, length) with their labels, and reads the context of their blocks.
+def read_clean(model, input_ids, labels=None, attention_mask=None, position_ids=None) -> CleanBatch:
+    """Lays out clean rows (batch, length) with their labels (default: all tokens but padding), and reads the context
+    of their blocks.
 
     Raises:
         ValueError: for wrong shapes, or labels that differ from the inputs or have no probability.
     """
     layout = model.model.lay_out(input_ids, attention_mask, position_ids)
+    if labels is None:
+        labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
     check_labels(input_ids, labels, attention_mask, model.config)
     clean = layout.scatter(input_ids, 0)
     batch = CleanBatch(layout, layout.blocks(clean), layout.blocks(layout.scatter(labels != -100, False)))
