@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .checks_vmd import check_inputs
 from .generation_vmd import execution_device
 from .latents_vmd import draw_latents, gaussian_kl
 from .modeling_vmd import VMDForMaskedDiffusion
@@ -168,6 +169,7 @@ def nelbo(
         input_ids, labels, attention_mask, position_ids = (
             None if part is None else part.to(device) for part in (input_ids, labels, attention_mask, position_ids)
         )
+        check_inputs(input_ids, attention_mask, position_ids, model.config)
         if labels is None:
             labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
         batch = read_clean(model, input_ids, labels, attention_mask, position_ids)
