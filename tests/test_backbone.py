@@ -72,8 +72,9 @@ def model(original):
     """A VMD around it, in which z has a say."""
     torch.manual_seed(1)
     model = VMDForMaskedDiffusion.from_masked_lm(original, latent_size=3, mask_token_id=MASK, kl_warmup_steps=0).eval()
-    for parameter in (*model.model.conditioner.parameters(), model.model.modulation.weight):
-        torch.nn.init.normal_(parameter, std=0.5)
+    torch.nn.init.normal_(model.model.modulation.weight, std=0.3)
+    for linear in (model.model.conditioner.in_proj, model.model.conditioner.out_proj):
+        torch.nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
     return model
 
 

@@ -11,8 +11,8 @@ from helpers import MASK, PAD, StopOnce, digits, normal, padded, randomise, seed
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from vmd_hf import VMDForMaskedDiffusion, VMDGenerationConfig, sampling_vmd
-from vmd_hf.generation_configuration_vmd import REMASKING_RULES
 from vmd_hf.blocks_vmd import EMPTY
+from vmd_hf.generation_configuration_vmd import REMASKING_RULES
 from vmd_hf.sampling_vmd import corrector_probability
 
 SIZE, LATENT = 4, 4  # tokens of a block, dimensions of a latent

@@ -1,4 +1,3 @@
-import copy
 import itertools
 import math
 
@@ -10,11 +9,9 @@ from helpers import (
     OBJECTIVES,
     PAD,
     digits,
-    implementations_beside_eager,
     normal,
     of_the_same_weights,
     pad_row,
-    padded_batch,
     randomise,
     scored_by_hand,
     seeded,
@@ -24,9 +21,9 @@ from helpers import (
 )
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
-from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments, default_data_collator
+from transformers import Trainer, TrainingArguments, default_data_collator
 
-from vmd_hf import VMDConfig, VMDForMaskedDiffusion, nelbo
+from vmd_hf import VMDForMaskedDiffusion, nelbo
 from vmd_hf.blocks_vmd import EMPTY, PADDING, Places, block_attention_mask, join_places, lay_out_blocks, may_attend
 from vmd_hf.training import VMDMetricsCallback
 
@@ -172,25 +169,6 @@ def test_flash_attention_with_blocks_is_an_error(implementation, with_labels):
     model.config._attn_implementation = implementation
     with pytest.raises(ValueError, match=f"attn_implementation must be 'eager'.*block_size.*{implementation}"):
         model(input_ids, labels=input_ids if with_labels else None)
-
-
-@implementations_beside_eager
-def test_attention_implementations_agree(implementation):
-    device = "cuda" if implementation == "flex_attention" and torch.cuda.is_available() else "cpu"
-    model = tiny_model(block_size=2).to(device)
-    input_ids, mask = (tensor.to(device) for tensor in padded_batch())
-    z = normal(2, 4, 4).to(device)
-    labels = input_ids.masked_fill(mask == 0, -100)
-    results = []
-    for name in ("eager", implementation):
-        model.set_attn_implementation(name)
-        with torch.no_grad():
-            plain = model(some_masked(digits(2, 8)).to(device), latents=z).logits
-            padded = model(some_masked(input_ids), attention_mask=mask, latents=z).logits[mask.bool()]
-            loss = model(input_ids, attention_mask=mask, labels=labels).loss
-        results.append((plain, padded, loss))
-    for first, second in zip(*results, strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -603,29 +581,12 @@ def test_the_latent_of_a_block_changes_the_logits_of_that_block_only():
         assert torch.equal(changed, expected)
 
 
-def test_the_default_latent_is_zero():
-    model, x_t = tiny_model(block_size=2), some_masked(digits(2, 5))
-    assert torch.equal(model(x_t).logits, model(x_t, latents=torch.zeros(2, 3, 4)).logits)
-
-
 def test_the_default_latent_is_the_mean_of_a_learned_prior():
     model, x_t = tiny_model(block_size=2, prior="learned"), some_masked(digits(1, 5))
     hidden_states, _ = dense_two_streams(model, x_t[0], x_t[0], torch.zeros(3, 4))
     z = torch.stack([prior_of_block(model, start, hidden_states)[0] for start in (0, 2, 4)])[None]
     assert (z[0, 1] - z[0, 2]).abs().max() > 0.1
     torch.testing.assert_close(model(x_t).logits, model(x_t, latents=z).logits, rtol=1e-4, atol=1e-4)
-
-
-def test_a_fresh_model_is_a_plain_block_diffusion_model():
-    """The modulation starts as the identity: z has no effect, and the logits are those without the latent path."""
-    with_latent = VMDForMaskedDiffusion(tiny_config(block_size=2, initializer_range=0.3)).eval()
-    plain = VMDForMaskedDiffusion(tiny_config(block_size=2, latent_size=0)).eval()
-    missing, _ = plain.load_state_dict(with_latent.state_dict(), strict=False)
-    assert not missing
-    x_t = some_masked(digits(2, 6))
-    expected = plain(x_t).logits
-    assert expected[..., :MASK].std() > 0.1
-    torch.testing.assert_close(with_latent(x_t, latents=10 * normal(2, 3, 4)).logits, expected)
 
 
 @pytest.mark.parametrize("with_labels", [False, True])
@@ -955,29 +916,6 @@ def test_padding_on_either_side_leaves_the_loss_of_a_row_alone(objective, positi
             assert padded[name][:, 3:].eq(0).all()
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_padded_batch_is_its_rows(objective):
-    model, lengths, sides = tiny_model(block_size=3, objective=objective), (3, 5, 7, 4), ("left", "right") * 2
-    rows = [digits(1, length, seed=length)[0] for length in lengths]
-    batch = {
-        "input_ids": torch.cat([pad_row(row, 7, side, PAD) for row, side in zip(rows, sides, strict=True)]),
-        "attention_mask": torch.cat(
-            [pad_row(torch.ones_like(row), 7, side, 0) for row, side in zip(rows, sides, strict=True)]
-        ),
-    }
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    together = model(**batch, labels=labels)
-    alone = [model(input_ids=row[None], labels=row[None]) for row in rows]
-    for name in SCALARS:
-        expected = sum(len(row) * output[name] for row, output in zip(rows, alone, strict=True)) / sum(lengths)
-        torch.testing.assert_close(together[name], expected, **CLOSE)
-    for index, output in enumerate(alone):
-        num_blocks = output.kl_per_latent.shape[1]
-        assert num_blocks == -(-lengths[index] // 3)
-        torch.testing.assert_close(together.kl_per_latent[index, :num_blocks], output.kl_per_latent[0], **CLOSE)
-        assert together.kl_per_latent[index, num_blocks:].eq(0).all()
-
-
 PACKED = {
     "side by side": "AAAAABBBBBB",
     "padding between": "AAAAA..BBBBBB",
@@ -1083,20 +1021,6 @@ def test_documents_of_a_packed_row_see_nothing_of_one_another():
         difference = (model(other, position_ids=position_ids).logits[0, :, :MASK] - logits).abs().amax(-1)
         assert difference[others].eq(0).all()
         assert difference[column] > 1e-4
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_evaluation_depends_on_nothing_but_the_row(objective):
-    model, input_ids = tiny_model(block_size=2, objective=objective), digits(6, 5)
-    first = model(input_ids=input_ids, labels=input_ids)
-    torch.manual_seed(99)
-    second = model(input_ids=input_ids, labels=input_ids)
-    for name in (*SCALARS, "kl_per_latent", "posterior_shift"):
-        assert torch.equal(first[name], second[name])
-    order = torch.tensor([3, 0, 5, 1, 4, 2])
-    shuffled = model(input_ids=input_ids[order], labels=input_ids[order])
-    torch.testing.assert_close(shuffled.kl_per_latent, first.kl_per_latent[order])
-    torch.testing.assert_close(shuffled.loss, first.loss)
 
 
 def test_evaluation_gives_equal_blocks_of_a_row_noise_of_their_own():
@@ -1214,14 +1138,6 @@ def test_a_batch_of_context_and_a_row_of_padding_cost_nothing(objective, impleme
     assert not logits.isnan().any()
 
 
-def test_inputs_and_noise_are_left_as_they_were():
-    arguments = loss_batch() | block_noise(5, 7, 3)
-    before = copy.deepcopy(arguments)
-    tiny_model(block_size=3).train()(**arguments).loss.backward()
-    for name, value in arguments.items():
-        assert torch.equal(value, before[name])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Gradients, precision, and what transformers expects
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1266,44 +1182,6 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(objective):
     assert_gradients_close({name: parameter.grad for name, parameter in model.named_parameters()}, whole)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_low_precision(implementation):
-    model = VMDForMaskedDiffusion(tiny_config(block_size=3)).eval()
-    model.set_attn_implementation(implementation)
-    batch, noise, z = loss_batch(), block_noise(5, 7, 3), normal(5, 3, 4)
-    expected = model(**batch, **noise)
-    model = model.to(torch.bfloat16)
-    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], latents=z).logits
-    assert logits.dtype == torch.bfloat16
-    assert logits[batch["attention_mask"].bool()][:, :MASK].isfinite().all()
-    output = model(**batch, **noise)
-    assert all(gradient.isfinite().all() for gradient in gradients_of(model, output.loss).values())
-    for name in (*SCALARS, "kl_per_latent"):
-        assert output[name].dtype == torch.float32
-        torch.testing.assert_close(output[name], expected[name], rtol=0.05, atol=0.02)
-
-
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_autocast(implementation):
-    model = VMDForMaskedDiffusion(tiny_config(block_size=3)).train()
-    model.set_attn_implementation(implementation)
-    batch, noise = loss_batch(), block_noise(5, 7, 3)
-    expected = model(**batch, **noise).loss
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(**batch, **noise).loss
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, expected, rtol=0.05, atol=0.02)
-    assert all(gradient.isfinite().all() for gradient in gradients_of(model, loss).values())
-
-
-@pytest.mark.parametrize("dropout", ["attention_dropout", "hidden_dropout"])
-def test_dropout_acts_in_training_only(dropout):
-    model, batch, noise = tiny_model(block_size=3, **{dropout: 0.5}), loss_batch(), block_noise(5, 7, 3)
-    assert torch.equal(model(**batch, **noise).loss, model(**batch, **noise).loss)
-    model.train()
-    assert not torch.equal(model(**batch, **noise).loss, model(**batch, **noise).loss)
-
-
 @pytest.mark.parametrize("length, num_blocks", [(8, 2), (9, 3), (1, 1)])
 def test_what_belongs_to_a_latent_has_one_entry_for_each_block(length, num_blocks):
     input_ids = digits(3, length)
@@ -1313,26 +1191,6 @@ def test_what_belongs_to_a_latent_has_one_entry_for_each_block(length, num_block
     assert output.loss.shape == output.reconstruction_loss.shape == output.kl.shape == ()
     for name in (*SCALARS[1:], "kl_per_latent", "posterior_shift"):
         assert not output[name].requires_grad
-
-
-def test_outputs_may_be_tuples():
-    model, input_ids = tiny_model(block_size=2), digits(2, 5)
-    assert torch.equal(model(input_ids, return_dict=False)[0], model(input_ids).logits)
-    labelled = model(input_ids, labels=input_ids, return_dict=False)
-    assert torch.equal(labelled[0], model(input_ids, labels=input_ids).loss)
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_save_and_load(objective, tmp_path):
-    model, x_t, z = tiny_model(block_size=3, objective=objective), some_masked(digits(2, 7)), normal(2, 3, 4)
-    model.save_pretrained(tmp_path)
-    batch, noise = loss_batch(), block_noise(5, 7, 3)
-    for loader in (VMDForMaskedDiffusion, AutoModelForMaskedLM):
-        loaded, report = loader.from_pretrained(tmp_path, output_loading_info=True)
-        assert not report["missing_keys"] and not report["unexpected_keys"]
-        assert loaded.config.block_size == 3
-        assert torch.equal(loaded(x_t, latents=z).logits, model(x_t, latents=z).logits)
-        assert torch.equal(loaded(**batch, **noise).loss, model(**batch, **noise).loss)
 
 
 def train_on_counting(folder, **settings):
@@ -1410,11 +1268,6 @@ def test_latents_of_a_wrong_shape_are_an_error(latents, got):
             module(x_t, latents=latents)
 
 
-def test_latents_for_a_model_without_a_latent_are_an_error():
-    with pytest.raises(ValueError, match="latent_size = 0"):
-        tiny_model(block_size=2, latent_size=0)(digits(2, 4), latents=torch.zeros(2, 2, 4))
-
-
 @pytest.mark.parametrize(
     "noise, message",
     [
@@ -1450,12 +1303,6 @@ def test_times_out_of_range_are_an_error(time, objective):
         model(input_ids=input_ids, labels=input_ids, times=times)
 
 
-@pytest.mark.parametrize("block_size", [0, -2])
-def test_blocks_of_no_tokens_are_an_error(block_size):
-    with pytest.raises(ValueError, match=f"block_size must be None.*or at least 1, got {block_size}"):
-        VMDConfig(block_size=block_size)
-
-
 @pytest.mark.parametrize("position", ["learned", "groups"])
 def test_more_tokens_than_a_position_table_has_are_an_error(position):
     """Only tokens count, not what fills up the last block, nor padding."""
@@ -1473,21 +1320,6 @@ def test_more_tokens_than_a_position_table_has_are_an_error(position):
     ):
         with pytest.raises(ValueError, match="at most max_position_embeddings = 16"):
             model(**arguments)
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"input_ids": torch.zeros(3, dtype=torch.long)}, r"input_ids must have shape \(batch, length\), got \(3,\)"),
-        ({"attention_mask": torch.ones(2, 4)}, r"attention_mask.*\(2, 3\), got \(2, 4\)"),
-        ({"position_ids": torch.zeros(1, 3, dtype=torch.long)}, r"position_ids.*\(2, 3\), got \(1, 3\)"),
-        ({"labels": digits(2, 4)}, r"labels must have shape \(2, 3\), got \(2, 4\)"),
-        ({"labels": (digits(2, 3) + 1) % 10}, "labels must equal input_ids"),
-    ],
-)
-def test_wrong_inputs_are_errors(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_model(block_size=2)(**({"input_ids": digits(2, 3)} | arguments))
 
 
 FEWEST = {"block_size": 4, "objective": "per_step", "objective_steps": [1, 2, 4]}

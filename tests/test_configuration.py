@@ -35,6 +35,7 @@ BROKEN_RULES = [
     ({"latent_input": "position_slices", "latent_size": 6, "block_size": 4}, "multiple of the positions, 4, .* got 6"),
     ({"num_latent_encoder_layers": 0}, "num_latent_encoder_layers.*got 0"),
     ({"latent_size": -1}, "latent_size.*got -1"),
+    ({"block_size": 0}, "block_size must be None.*or at least 1, got 0"),
     ({"hidden_act": "no_such_act"}, "hidden_act.*'no_such_act'"),
     ({"position_embedding_type": "absolute"}, "(?s)position_embedding_type.*absolute"),
     ({"objective": "elbo"}, "(?s)objective.*elbo"),
