@@ -28,7 +28,9 @@ _pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, (ctypes.py_object, 
 
 def _moved(tensor: torch.Tensor, device_type: int) -> torch.Tensor:
     capsule = torch._C._to_dlpack(tensor)
-    device = ctypes.cast(_pointer_of(capsule, b"dltensor") + ctypes.sizeof(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int32))
+    device = ctypes.cast(
+        _pointer_of(capsule, b"dltensor") + ctypes.sizeof(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int32)
+    )
     device[0], device[1] = device_type, 0
     return torch._C._from_dlpack(capsule)
 
@@ -46,7 +48,9 @@ def _check(name: str, tensors: list[torch.Tensor], generators: list[torch.Genera
         return
     tensors = tensors[:1] if name in INDEXING else tensors  # an index may come from the host
     if any(not _is_fake(tensor) and tensor.dim() for tensor in tensors):
-        raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got some of fake:0 and some of cpu")
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but {name} got some of fake:0 and some of cpu"
+        )
     if any(generator.device.type != DEVICE.type for generator in generators):
         raise RuntimeError("Expected a 'fake' device type for generator but found 'cpu'")
 
@@ -63,7 +67,10 @@ def _with_tensors(operation, args: tuple) -> list:
     """Torch hands numbers to kernels in Python where it promised tensors of no dimension."""
     types = (argument.type for argument in operation._schema.arguments)
     pairs = zip(args, types, strict=False)  # arguments by name come last
-    return [torch.tensor(value) if str(kind) == "Tensor" and isinstance(value, (int, float)) else value for value, kind in pairs]
+    return [
+        torch.tensor(value) if str(kind) == "Tensor" and isinstance(value, (int, float)) else value
+        for value, kind in pairs
+    ]
 
 
 def _compute(operation, *args, **kwargs):

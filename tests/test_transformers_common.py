@@ -25,6 +25,7 @@ class ModelTester:
     """What their tests ask for: a config and inputs."""
 
     batch_size, seq_length, is_training = 3, 8, True
+    num_hidden_layers, num_attention_heads, hidden_size = 2, 4, 32
 
     def __init__(self, **settings):
         self.settings = settings
