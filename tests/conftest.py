@@ -28,8 +28,8 @@ class Deprecations(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def deprecations():
-    """A test in which this package uses what transformers is about to remove fails. (What warns by `warnings` does, too:
-    see pyproject.toml.)"""
+    """A test in which this package uses what transformers is about to remove fails. (So it does where the news comes
+    by `warnings`: see pyproject.toml.)"""
     handler, logger = Deprecations(), transformers_logging.get_logger("transformers")
     transformers_logging.warning_once.cache_clear()  # each test is told, not only the first
     logger.addHandler(handler)

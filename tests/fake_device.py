@@ -21,18 +21,24 @@ INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_
 WAITING = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select", "aten::_unique2"}
 
 _counter = Counter()
+_cpu_keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _library = torch.library.Library("_", "IMPL")
 _pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
 
 
+def _view(of: torch.Tensor, size, stride, offset: int) -> torch.Tensor:
+    """Of the same storage, by which autograd sees what it may not change. (The CPU's kernel does this on any device.)"""
+    return torch.ops.aten.as_strided.default.redispatch(_cpu_keys, of, size, stride, offset)
+
+
 def _moved(tensor: torch.Tensor, device_type: int) -> torch.Tensor:
-    capsule = torch._C._to_dlpack(tensor)
-    device = ctypes.cast(
-        _pointer_of(capsule, b"dltensor") + ctypes.sizeof(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int32)
-    )
+    whole = _view(tensor, (tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
+    capsule = torch._C._to_dlpack(whole)
+    header = _pointer_of(capsule, b"dltensor")  # the address of the data, the type of the device, its index
+    device = ctypes.cast(header + ctypes.sizeof(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int32))
     device[0], device[1] = device_type, 0
-    return torch._C._from_dlpack(capsule)
+    return _view(torch._C._from_dlpack(capsule), tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -95,12 +101,15 @@ def _compute(operation, *args, **kwargs):
     def to_fake(value):
         if not isinstance(value, torch.Tensor):
             return value
-        if id(value) not in originals:
-            return _moved(value, EXTENSION)
-        _, original = originals[id(value)]
-        if original.shape != value.shape:
-            original.data = _moved(value, EXTENSION)
-        return original
+        if id(value) in originals:
+            _, original = originals[id(value)]
+            if original.shape != value.shape:
+                original.data = _moved(value, EXTENSION)
+            return original
+        for moved, original in originals.values():
+            if moved.untyped_storage()._cdata == value.untyped_storage()._cdata and moved.dtype == value.dtype:
+                return _view(original, value.shape, value.stride(), value.storage_offset())
+        return _moved(value, EXTENSION)
 
     function = _copy if name == COPY else operation
     return tree_map(to_fake, function(*tree_map(to_cpu, args), **tree_map(to_cpu, kwargs)))

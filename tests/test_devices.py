@@ -53,7 +53,7 @@ def test_what_an_accelerator_refuses_is_refused_and_what_it_waits_for_is_counted
         here + there
     with pytest.raises(RuntimeError, match="same device"):
         torch.cat([there, here])
-    with pytest.raises(RuntimeError, match="indices|same device"):
+    with pytest.raises(RuntimeError, match=r"indices|same device"):
         here[there.long()]
     with pytest.raises(RuntimeError, match="generator"):
         torch.rand(3, device=fake_device.DEVICE, generator=seeded(0))
@@ -77,7 +77,9 @@ def test_training_on_the_device_is_training_on_the_cpu(kind, objective):
         model.train()
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         batch = {name: value.to(model.device) for name, value in batch.items()}
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=1e-2, eps=1e-2
+        )  # no signs of gradients that are but noise
         torch.manual_seed(0)
         for _ in range(2):
             loss = model(**batch, num_items_in_batch=10).loss
@@ -89,7 +91,7 @@ def test_training_on_the_device_is_training_on_the_cpu(kind, objective):
         weights.append({name: value.cpu() for name, value in model.state_dict().items()})
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, msg=name)
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @every_kind

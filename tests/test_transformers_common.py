@@ -100,7 +100,7 @@ TWO_CALLS = "it holds one call of a layer a pass, and with blocks there are two;
 DOES_NOT_APPLY = {
     "test_generation_tester_mixin_inheritance": "the tests of autoregressive generation; this one has its own",
     "TestBlocks.test_attention_outputs": "attention weights are those on the grid, of clean and noisy keys",
-    "TestBlocks.test_retain_grad_hidden_states_attentions": "hidden states are slices of those of clean and noisy tokens",
+    "TestBlocks.test_retain_grad_hidden_states_attentions": "hidden states are slices of [clean, noisy]",
     "TestBackbone.test_retain_grad_hidden_states_attentions": "hidden states are gathered from rows without padding",
     "TestBlocks.test_training_gradient_checkpointing": TWO_CALLS,
     "TestBlocks.test_training_gradient_checkpointing_use_reentrant_false": TWO_CALLS,
