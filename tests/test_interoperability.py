@@ -1,0 +1,153 @@
+"""What other libraries do with a model: export it, quantise it, keep its weights elsewhere, compute it twice."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from helpers import MASK, digits, randomise, seeded, tiny_config, tiny_model
+
+from vmd_hf import VMDForMaskedDiffusion
+
+KINDS = {
+    "whole": {},
+    "no latent": {"latent_size": 0},
+    "blocks without latent": {"block_size": 4, "latent_size": 0},
+    "learned prior": {"block_size": 4, "prior": "learned"},
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+exported_kinds = pytest.mark.parametrize("kind", ["whole", "learned prior"])
+
+
+def partly_masked():
+    input_ids = digits(2, 8)
+    input_ids[:, 5:] = MASK
+    return input_ids
+
+
+def assert_generates_alike(model, other, **settings):
+    samples = [each.generate(partly_masked(), num_steps=2, generator=seeded(1)) for each in (model, other)]
+    assert torch.equal(*samples)
+
+
+@every_kind
+def test_weights_may_be_given_without_a_name(kind):
+    model = tiny_model(**KINDS[kind])
+    other = VMDForMaskedDiffusion.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+
+
+@every_kind
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(kind, use_reentrant):
+    gradients, input_ids = [], digits(3, 8)
+    for checkpointing in (False, True):
+        model = randomise(VMDForMaskedDiffusion(tiny_config(**KINDS[kind]))).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        torch.manual_seed(0)
+        model(input_ids=input_ids, labels=input_ids).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_hidden_states_keep_their_gradients(with_labels):
+    input_ids = digits(2, 8)
+    labels = {"labels": input_ids} if with_labels else {}
+    outputs = tiny_model()(input_ids=input_ids, output_hidden_states=True, **labels)
+    for state in outputs.hidden_states:
+        state.retain_grad()
+    (outputs.loss if with_labels else outputs.logits[..., 0].sum()).backward()
+    for state in outputs.hidden_states:
+        assert state.grad.abs().max() > 0
+
+
+@every_kind
+def test_linear_layers_may_be_quantised_dynamically(kind):
+    model = tiny_model(**KINDS[kind])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own way, deprecated in favour of torchao
+        quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    logits = [each(input_ids=partly_masked()).logits.softmax(-1) for each in (model, quantised)]
+    assert (logits[0] - logits[1]).abs().mean() < 0.05
+    assert not (quantised.generate(partly_masked(), num_steps=2) == MASK).any()
+
+
+@exported_kinds
+def test_checkpoints_of_torchao_load(kind, tmp_path):
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    tiny_model(**KINDS[kind]).save_pretrained(tmp_path / "whole")
+    quantised = VMDForMaskedDiffusion.from_pretrained(
+        tmp_path / "whole", quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
+    )
+    quantised.save_pretrained(tmp_path / "quantised")
+    loaded = VMDForMaskedDiffusion.from_pretrained(tmp_path / "quantised")
+    torch.testing.assert_close(loaded(input_ids=partly_masked()).logits, quantised(input_ids=partly_masked()).logits)
+    assert_generates_alike(loaded, quantised)
+
+
+@every_kind
+def test_an_offloaded_model_generates(kind):
+    from accelerate import cpu_offload
+
+    offloaded = cpu_offload(tiny_model(**KINDS[kind]), execution_device="cpu")
+    assert offloaded.device.type == "meta"
+    assert_generates_alike(offloaded, tiny_model(**KINDS[kind]))
+
+
+def test_a_model_on_disk_generates(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    on_disk = VMDForMaskedDiffusion.from_pretrained(
+        tmp_path, device_map="auto", max_memory={"cpu": "20KB"}, offload_folder=tmp_path / "offloaded"
+    )
+    assert on_disk.device.type == "meta"
+    assert_generates_alike(on_disk, model)
+
+
+def example(batch_size, length):
+    input_ids = digits(batch_size, length, seed=length)
+    input_ids[:, 1::2] = MASK
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
+DYNAMIC = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in ("input_ids", "attention_mask")}
+
+
+@every_kind
+def test_an_exported_program_takes_other_batches_and_lengths(kind):
+    model = tiny_model(**KINDS[kind])
+    program = torch.export.export(model, (), example(2, 12), dynamic_shapes=DYNAMIC).module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(**example(3, 16)).logits, model(**example(3, 16)).logits)
+
+
+@exported_kinds
+def test_onnx_takes_other_batches_and_lengths(kind):
+    pytest.importorskip("onnxscript")
+    reference = pytest.importorskip("onnx.reference")
+    model = tiny_model(**KINDS[kind])
+    program = torch.onnx.export(
+        model, (), kwargs=example(2, 12), dynamic_shapes=DYNAMIC, dynamo=True, verbose=False, optimize=False
+    )
+    inputs = {name: value.numpy() for name, value in example(3, 16).items()}
+    (logits, *_) = reference.ReferenceEvaluator(program.model_proto).run(None, inputs)
+    with torch.no_grad():
+        np.testing.assert_allclose(logits, model(**example(3, 16)).logits.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@exported_kinds
+@pytest.mark.parametrize("name", ["Dynamo", "Onnx"])
+def test_the_exporters_of_transformers_export_the_denoiser(kind, name):
+    exporters = pytest.importorskip("transformers.exporters")
+    configs = pytest.importorskip("transformers.exporters.configs")
+    if name == "Onnx":
+        pytest.importorskip("onnxscript")
+    exporter, config = getattr(exporters, f"{name}Exporter")(), getattr(configs, f"{name}Config")(dynamic=True)
+    assert exporter.export(tiny_model(**KINDS[kind]).model, example(2, 12), config) is not None
