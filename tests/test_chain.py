@@ -80,19 +80,15 @@ def test_joint_probabilities_and_marginals_are_sums_over_paths(candidates):
         )
         scored = torch.zeros_like(mask)
         scored[0, revealed] = True
-        joint = torch.ones(1, dtype=torch.bool)
-        found = chain_log_probs(transitions, emissions[None], mask, scored, joint)
+        found = chain_log_probs(transitions, emissions[None], mask, scored)
         assert found[~scored].eq(0).all()
         assert found.sum().exp().item() == pytest.approx(expected, rel=1e-4)
 
         marginals = state_marginals(transitions, mask)
-        alone = chain_log_probs(transitions, emissions[None], mask, scored, ~joint)
         for place, column in enumerate(masked):
             of_state = [sum(p for path, p in every if path[place] == state) for state in range(3)]
             assert marginals[0, column].tolist() == pytest.approx(of_state, abs=1e-5)
             mixture = (torch.tensor(of_state) @ emissions[column].exp()).log().item()
-            if column in revealed:
-                assert alone[0, column].item() == pytest.approx(mixture, abs=1e-4)
             log_probs = model.chain.marginal_log_probs(hidden_states[[column]], logits[[column]], marginals[:, column])
             assert log_probs[0, row[0, column]].item() == pytest.approx(mixture, abs=1e-4)
             assert log_probs.exp().sum().item() == pytest.approx(1, abs=1e-5)
@@ -169,7 +165,7 @@ def test_long_chains_agree_with_a_recursion_over_logarithms_in_double_precision(
     with torch.no_grad():
         transitions = model.chain.transitions(hidden_states)
         every = torch.ones(2, length, dtype=torch.bool)
-        found = chain_log_probs(transitions, emissions, every, every, every[:, 0]).sum(-1)
+        found = chain_log_probs(transitions, emissions, every, every).sum(-1)
         for row in range(2):
             alpha = transitions.start[row, 0].double().log() + emissions[row, 0].double()
             for column in range(1, length):
@@ -220,26 +216,18 @@ def test_packed_documents_have_chains_of_their_own():
 
 
 @SHAPES
-def test_a_step_of_one_token_scores_the_marginals_of_all_masked_tokens(block_size):
-    """Its loss is the expectation over the token that it reveals, here by enumeration over orders."""
+def test_a_step_is_charged_its_share_of_the_joint_of_all_masked_tokens(block_size):
     model = chain_model(block_size=block_size, objective_steps=[3])
-    input_ids, times = torch.tensor([[3, 1, 4]]), torch.tensor([0.0])  # the first of three steps
-    settings = {"labels": input_ids, "times": times if block_size is None else times[None]}
-    losses = [
-        model(input_ids, position_noise=torch.tensor([order]), **settings).loss.item()
-        for order in itertools.permutations([0.1, 0.5, 0.9])
-    ]
-    assert losses == pytest.approx([losses[0]] * 6)
-    batch = read_clean(model, input_ids, input_ids)
-    masked = torch.ones(1, 1, 3, dtype=torch.bool)
-    hidden_states = denoise(model, batch, masked, masked.sum(-1)).last_hidden_state
-    first = [
-        chain_cross_entropy(
-            model, hidden_states, batch, masked, masked & (torch.arange(3) == i), masked[..., 0]
-        ).item()
-        for i in range(3)
-    ]
-    assert losses[0] == pytest.approx(sum(first) / 3, rel=1e-5)  # T = 3 times a third of the sum, over 3 tokens
+    input_ids = torch.tensor([[3, 1, 4]])
+    for step, times in enumerate((0.0, 0.4, 0.7)):  # the three steps, which find 3, 2 and 1 tokens masked
+        times = torch.tensor([times]) if block_size is None else torch.tensor([[times]])
+        order = torch.tensor([[0.5, 0.1, 0.9]])
+        loss = model(input_ids, labels=input_ids, times=times, position_noise=order).loss.item()
+        masked = order.argsort(-1).argsort(-1)[None] >= step
+        batch = read_clean(model, input_ids, input_ids)
+        hidden_states = denoise(model, batch, masked, masked.sum(-1)).last_hidden_state
+        joint = chain_cross_entropy(model, hidden_states, batch, masked, masked).item()
+        assert loss == pytest.approx(3 * joint / (3 - step) / 3, rel=1e-5)  # T times the share, over 3 tokens
 
 
 @torch.no_grad()
@@ -272,7 +260,7 @@ def test_likelihood_along_an_order_is_that_of_the_sampler(order, num_states, num
             now = torch.zeros_like(mask)
             now[0, 0, chosen] = True
             if num_states:
-                log_prob -= chain_cross_entropy(model, hidden_states, row, mask, now, mask.any(-1)).item()
+                log_prob -= chain_cross_entropy(model, hidden_states, row, mask, now).item()
             else:
                 log_prob += sum(probs[masked.index(column), rows[index, column]].log().item() for column in chosen)
             masked = [column for column in masked if column not in chosen]

@@ -43,7 +43,7 @@ def stack_places(parts: list[Places], dim: int = 0) -> Places:
 
 def join_places(parts: list[Places]) -> Places:
     """Places of sequences that are concatenated along their length."""
-    batch = max(len(part.document) for part in parts)
+    batch = max(part.document.shape[0] for part in parts)
     return stack_places([part.map(lambda value: value.expand(batch, -1)) for part in parts], dim=-1)
 
 
@@ -70,7 +70,7 @@ def block_attention_mask(config, query: Places, key: Places, dtype: torch.dtype)
             f"{config._attn_implementation!r}, which cannot express which block sees which"
         )
     if config._attn_implementation == "flex_attention":
-        batch = max(len(query.document), len(key.document))
+        batch = max(query.document.shape[0], key.document.shape[0])
         query, key = (part.map(lambda value: value.expand(batch, -1).contiguous()) for part in (query, key))
 
         def mask_mod(b, h, q, k):
@@ -111,7 +111,7 @@ class Layout:
         """(batch, length) values of the rows on the grid, `fill` where it has padding of its own."""
         if self.slots is None:
             return values
-        grid = values.new_full((len(values), self.num_blocks * self.width + 1), fill)
+        grid = values.new_full((values.shape[0], self.num_blocks * self.width + 1), fill)
         return grid.scatter_(-1, self.slots, values)[:, :-1]
 
     def gather(self, grid: torch.Tensor) -> torch.Tensor:
@@ -127,10 +127,10 @@ class Layout:
         """The layout on the grid of a batch that is made of these rows (int64, any number of times each)."""
         parts = (self.position_ids, self.real, self.document, self.first_block)
         position_ids, real, document, first_block = (
-            part[rows] if isinstance(part, torch.Tensor) and len(part) > 1 else part for part in parts
+            part[rows] if isinstance(part, torch.Tensor) and part.shape[0] > 1 else part for part in parts
         )
-        position_ids = position_ids.expand(len(rows), -1)
-        real = None if real is None else real.expand(len(rows), -1)
+        position_ids = position_ids.expand(rows.shape[0], -1)
+        real = None if real is None else real.expand(rows.shape[0], -1)
         return Layout(self.num_blocks, self.width, position_ids, real, document, None, first_block)
 
     def blocks(self, grid: torch.Tensor) -> torch.Tensor:
@@ -256,7 +256,7 @@ class CleanContext:
         """What was read, for a batch that is made of these rows (int64, any number of times each)."""
         return CleanContext(
             keys_values=[tuple(part[rows] for part in pair) for pair in self.keys_values],
-            read=self.read.map(lambda value: value if len(value) == 1 else value[rows]),
+            read=self.read.map(lambda value: value if value.shape[0] == 1 else value[rows]),
         )
 
     def without_new(self) -> "CleanContext":

@@ -165,23 +165,18 @@ def advance(
 
 
 def chain_log_probs(
-    transitions: Transitions,
-    emissions: torch.Tensor,
-    masked: torch.Tensor,
-    scored: torch.Tensor,
-    joint: torch.Tensor,
+    transitions: Transitions, emissions: torch.Tensor, masked: torch.Tensor, scored: torch.Tensor
 ) -> torch.Tensor:
-    """log p of each scored token, (groups, n), 0 elsewhere: given x_t and the scored tokens to its left where the
-    group is `joint` (the chain rule, so that the sum is log p(x_A | x_t)), else given x_t alone (its marginal).
+    """log p of each scored token given x_t and the scored tokens to its left, (groups, n), 0 elsewhere: by the chain
+    rule the sum is log p(x_A | x_t).
 
     Args:
         emissions: (groups, n, K), log p(token | s); read at scored columns only.
         masked, scored: (groups, n) bool, M_t and A.
-        joint: (groups,) bool.
     """
     highest = emissions.amax(-1)
     relative = (emissions - highest[..., None]).exp().unbind(1)
-    conditioned = (scored & joint[:, None])[..., None].unbind(1)
+    conditioned = scored[..., None].unbind(1)
     masked = masked[..., None].unbind(1)
     state, begun = relative[0], torch.zeros_like(masked[0])
     evidence = []

@@ -355,17 +355,13 @@ def _cross_entropy(model, rows: CleanBatch, masked, revealed, latents, num_sampl
         if model.chain is None:
             parts.append(block_cross_entropy(model, outputs.last_hidden_state, chunk.x_0, revealed[state]))
         else:
-            joint = torch.ones_like(revealed[state][..., 0])
-            parts.append(
-                chain_cross_entropy(model, outputs.last_hidden_state, chunk, masked[state], revealed[state], joint)
-            )
+            parts.append(chain_cross_entropy(model, outputs.last_hidden_state, chunk, masked[state], revealed[state]))
     return torch.cat(parts).unflatten(0, (len(masked), num_samples))
 
 
 def _follow(model, batch: CleanBatch, row_steps, order: Order) -> torch.Tensor:
     """-log p(x_0) in nats, (batch,), of the sampler that reveals tokens in an order of its own."""
     masked, num_maskable = batch.maskable, batch.maskable.sum(-1)
-    joint = torch.ones_like(num_maskable, dtype=torch.bool)
     total = torch.zeros(len(masked), device=masked.device)
     for step in range(1, int(row_steps.max()) + 1):
         count = masked.sum(-1) - (num_maskable - num_revealed(step, num_maskable, row_steps))
@@ -382,7 +378,7 @@ def _follow(model, batch: CleanBatch, row_steps, order: Order) -> torch.Tensor:
         if model.chain is None:
             losses = block_cross_entropy(model, hidden_states, batch.x_0, revealed)
         else:
-            losses = chain_cross_entropy(model, hidden_states, batch, masked, revealed, joint)
+            losses = chain_cross_entropy(model, hidden_states, batch, masked, revealed)
         total += losses.sum(-1)
         masked = masked & ~revealed
     return total

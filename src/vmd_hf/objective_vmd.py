@@ -15,8 +15,9 @@ the sampler with a latent per step. Where z does not depend on A_k (or there is 
 expectation over A_k, a share of R(M_t) (see `scored_tokens`). The sum over the batch is divided by its number of
 labelled tokens, or by `num_items_in_batch`.
 
-With a chain (`chain_vmd.py`) there is no KL, and R(A) = -log p(x_A | x_t), the joint probability, is exact. For a step
-of `per_step` that reveals one token, its expectation over which one it is, is the mean of the marginals of M_t.
+With a chain (`chain_vmd.py`) there is no KL, and R(M_t) = -log p(x_{M_t} | x_t), the joint probability, is exact.
+Every step is trained by it, times the share of M_t that it reveals: the joint of a part of M_t follows from it, and
+scoring the part alone was worse (RESULTS.md).
 
 The same pieces, corruption aside, make the likelihood bounds (`vmd_hf.nelbo`).
 """
@@ -227,20 +228,13 @@ def block_cross_entropy(model, hidden_states: torch.Tensor, x_0: torch.Tensor, s
 
 
 def chain_cross_entropy(
-    model,
-    hidden_states: torch.Tensor,
-    batch: CleanBatch,
-    masked: torch.Tensor,
-    scored: torch.Tensor,
-    joint: torch.Tensor,
+    model, hidden_states: torch.Tensor, batch: CleanBatch, masked: torch.Tensor, scored: torch.Tensor
 ) -> torch.Tensor:
-    """-log p(x_A | x_t) of each block, (batch, N) float32, in nats, or, where not `joint`, the sum of the tokens'
-    marginals.
+    """-log p(x_A | x_t) of each block, (batch, N) float32, in nats.
 
     Args:
         hidden_states: (batch, N * width, hidden), of the denoiser.
         masked, scored: (batch, N, width) bool, M_t and A. Logits are computed for scored tokens only.
-        joint: (batch, N) bool.
     """
     with torch.autocast(hidden_states.device.type, enabled=False):
         hidden_states = batch.layout.blocks(hidden_states).flatten(0, 1)
@@ -250,7 +244,7 @@ def chain_cross_entropy(
         log_probs = model.chain.emission_log_probs(states, model.compute_logits(states), batch.x_0.flatten()[index])
         emissions = log_probs.new_zeros(scored.numel(), log_probs.shape[-1]).index_copy(0, index, log_probs)
         masked, scored = masked.flatten(0, 1), scored.flatten(0, 1)
-        found = chain_log_probs(transitions, emissions.view(*masked.shape, -1), masked, scored, joint.flatten())
+        found = chain_log_probs(transitions, emissions.view(*masked.shape, -1), masked, scored)
     return -found.sum(-1).view(batch.x_0.shape[:2])
 
 
@@ -271,12 +265,10 @@ def chain_loss(
 ) -> Loss:
     """The objective of a model with a chain."""
     check_keywords(kwargs)
-    masked, revealed = corruption.masked, corruption.revealed
-    num_revealed = revealed.sum(-1)  # (batch, N)
+    masked, num_revealed = corruption.masked, corruption.revealed.sum(-1)  # (batch, N)
     outputs = denoise(model, batch, masked, num_revealed, **kwargs)
-    joint = num_revealed > 1
-    scored, share = scored_tokens(masked, revealed, joint)
-    losses = chain_cross_entropy(model, outputs.last_hidden_state, batch, masked, scored, joint)
+    share = num_revealed / masked.sum(-1).clamp(min=1)
+    losses = chain_cross_entropy(model, outputs.last_hidden_state, batch, masked, masked)
     num_items = batch.maskable.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
     loss = (corruption.weight * share * losses).sum() / num_items.clamp(min=1)
     return Loss(loss, loss.detach(), loss.new_zeros(()), None, None, outputs, batch.layout)

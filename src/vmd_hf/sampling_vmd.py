@@ -27,8 +27,12 @@ def generators_on(generator: Generators, device: torch.device) -> Generators:
         return [generators_on(row, device) for row in generator]
     if generator is None or generator.device.type == device.type:
         return generator
+    try:
+        on_device = torch.Generator(device)
+    except (NotImplementedError, RuntimeError):
+        return generator  # a device without generators of its own
     seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device)
-    return torch.Generator(device).manual_seed(int(seed))
+    return on_device.manual_seed(int(seed))
 
 
 def draw(
@@ -59,7 +63,8 @@ def draw_for(
     is drawn (1 elsewhere), so that a row's numbers depend on nothing but the row."""
     shape = (*used.shape, *trailing)
     if not isinstance(generator, list):
-        return sampler(shape, generator=generator, device=used.device)
+        source = used.device if generator is None else generator.device
+        return sampler(shape, generator=generator, device=source).to(used.device)
     numbers = torch.ones(shape, device=used.device)
     numbers[used] = draw(sampler, used.sum(-1).tolist(), trailing, generator, used.device)
     return numbers
