@@ -252,7 +252,7 @@ def test_a_model_object_needs_its_mask_token():
 def test_a_folder_needs_a_tokenizer_that_fits(tmp_path):
     """Without its files transformers makes one up, of special tokens alone."""
     bert(vocab_size=200).save_pretrained(tmp_path)
-    message = "the tokenizer beside .* must be the model's own, of at most 200 tokens and with a mask token, got"
+    message = "the tokenizer beside .* must be the model's own, of at most 200 tokens and a mask token, got"
     with pytest.raises(ValueError, match=message):
         VMDForMaskedDiffusion.from_masked_lm(tmp_path)
     synthetic_tokenizer().save_pretrained(tmp_path)  # of twelve

@@ -92,8 +92,8 @@ def load_masked_lm(model: str | os.PathLike, mask_token_id: int | None) -> tuple
         invented = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
         if mask_token_id is None or invented or len(tokenizer) > size:
             raise ValueError(
-                f"the tokenizer beside {model} must be the model's own, of at most {size} tokens and with a mask "
-                f"token, got {len(tokenizer)} tokens and mask token {tokenizer.mask_token!r}: put its files there, or give "
+                f"the tokenizer beside {model} must be the model's own, of at most {size} tokens and a mask token, "
+                f"got {len(tokenizer)} tokens and mask token {tokenizer.mask_token!r}: put its files there, or give "
                 "mask_token_id"
             )
     return backbone, mask_token_id
