@@ -65,6 +65,7 @@ WITH_LATENT = settings_of(
     "learning_rate",
 ) | {"max_steps": 1400}
 WITH_LATENT_OF_8 = WITH_LATENT | {"objective_steps": [1, 1, 1, 2, 4, 8], "kl_warmup_ratio": 0.5, "max_steps": 1300}
+CHAIN = settings_of("sotu_chain.yaml", "latent_type", "latent_size", "conditioning_size")
 # The first stage of all but the autoregressive model, in which the learning rate does not fall yet.
 FIRST_STAGE = {"lr_scheduler_type": "constant_with_warmup"}
 BLOCKS_OF_4 = {"block_size": 4, **PER_STEP, **FIRST_STAGE, "max_steps": 1900}
@@ -81,6 +82,8 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "vmd-4": [BLOCKS_OF_4, WITH_LATENT],
     "vmd-4-standard-prior": [BLOCKS_OF_4, WITH_LATENT | {"prior": "standard"}],
     "vmd-8": [BLOCKS_OF_8, WITH_LATENT_OF_8],
+    "chain-4": [BLOCKS_OF_4, {**PER_STEP, **CHAIN, "max_steps": 1350}],
+    "chain-8": [BLOCKS_OF_8, {**PER_STEP_OF_8, **CHAIN, "max_steps": 1300}],
 }
 
 

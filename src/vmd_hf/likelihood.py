@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -121,6 +121,7 @@ def nelbo(
     batch_size: int | None = None,
     generator: Generators = None,
     show_progress: bool = False,
+    token_type_ids: Any = None,
 ) -> NELBOOutput:
     """A bound on -log p(x_0) under a sampler of `num_steps` steps, for each row.
 
@@ -151,6 +152,7 @@ def nelbo(
         generator: One for the batch, or a list of one for each row: then a row's value does not depend on the rest of
             the batch. Neither does padding matter. Default: torch's own.
         show_progress: Whether to show a bar.
+        token_type_ids: Ignored, so that `nelbo(model, **tokenizer(...))` works with tokenizers that return them.
 
     Returns:
         [`NELBOOutput`].

@@ -49,13 +49,16 @@ TRAINING_SETTINGS = {
     "objective",
     "objective_steps",
     "objective_draws",
+    "left_to_right",
     "latent_min_tokens",
     "kl_weight",
     "hidden_dropout",
 }
 # What a given model without a latent gets together with one.
 LATENT_SETTINGS = {
+    "latent_type",
     "latent_size",
+    "candidate_tokens",
     "prior",
     "conditioning_size",
     "latent_input",

@@ -38,13 +38,15 @@ class ShownModel(NamedTuple):
 
     @property
     def has_latent(self) -> bool:
-        return self.model.config.latent_size > 0
+        return self.model.config.gaussian_size > 0
 
     @property
     def about(self) -> str:
         """A few words on it."""
         config = self.model.config
         kind = f"VMD, z of {counted(config.latent_size, 'number')}" if self.has_latent else "MDM, no z"
+        if config.num_states:
+            kind = f"VMD, a chain of {counted(config.num_states, 'state')}"
         return kind if config.block_size is None else f"{kind}, blocks of {config.block_size}"
 
 
@@ -126,7 +128,7 @@ def latents_for(model: VMDForMaskedDiffusion, input_ids: torch.Tensor, settings:
     learned = config.prior == "learned"
     if settings.latents == "same" and learned:
         raise ValueError("z can be the same in all samples only with prior='standard', got prior='learned'")
-    if config.latent_size == 0 or settings.latents == "per_step" or learned:
+    if config.gaussian_size == 0 or settings.latents == "per_step" or learned:
         return None
     shape = (config.latent_size,)
     if config.block_size is not None:

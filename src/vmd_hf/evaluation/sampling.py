@@ -15,11 +15,12 @@ SAMPLERS = {
 
 
 def samplers_of(model: PreTrainedModel, resample_latents: bool | None = None) -> dict[str, dict[str, bool]]:
-    """Those of `SAMPLERS` that redraw the latent in every step, or do not (`None`: both); of a model without a latent
-    those that differ, which are called "no latent"."""
-    if model.config.latent_size == 0:
+    """Those of `SAMPLERS` that redraw the latent in every step, or do not (`None`: both); of a model without a
+    Gaussian latent those that differ, which are called "no latent" or "chain"."""
+    if model.config.gaussian_size == 0:
+        kind = "chain" if model.config.num_states else "no latent"
         return {
-            name.replace("shared", "no"): settings
+            name.replace("shared latent", kind): settings
             for name, settings in SAMPLERS.items()
             if not settings["resample_latents"]
         }

@@ -38,7 +38,7 @@ def evaluate_objective(model: PreTrainedModel, batches: list[torch.Tensor]) -> R
     result: Row = {"objective": model.config.objective, "rows": int(weights.sum())}
     for name in ("loss", "reconstruction_loss", "kl"):
         result[name] = float((torch.stack([output[name] for output in outputs]) * weights).sum() / weights.sum())
-    if model.config.latent_size:
+    if model.config.gaussian_size:
         result["active_units"] = active_units(sum(moments(output.posterior_shift) for output in outputs))
     return result
 
@@ -61,7 +61,7 @@ def corpus_bounds(
     config, found = model.config, {}
     width = config.block_size or batches[0].shape[1]
     for steps in num_steps:
-        has_latent = config.latent_size > 0 and largest_step(width, steps) >= config.latent_min_tokens
+        has_latent = config.gaussian_size > 0 and largest_step(width, steps) >= config.latent_min_tokens
         for draws in num_draws if has_latent else [1]:
             start = time.perf_counter()
             result = corpus_bound(
