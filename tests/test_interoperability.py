@@ -120,7 +120,7 @@ def example(batch_size, length):
 DYNAMIC = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in ("input_ids", "attention_mask")}
 
 
-@every_kind
+@exported_kinds
 def test_an_exported_program_takes_other_batches_and_lengths(kind):
     model = tiny_model(**KINDS[kind])
     program = torch.export.export(model, (), example(2, 12), dynamic_shapes=DYNAMIC).module()

@@ -46,8 +46,12 @@ class CommonTests(modeling_tests.ModelTesterMixin):
     def setUp(self):
         self.model_tester = ModelTester(**self.settings)
         base_models = patch.dict(modeling_tests.MODEL_MAPPING_NAMES, {VMDConfig.model_type: VMDModel.__name__})
-        base_models.start()  # which have no loss
-        self.addCleanup(base_models.stop)
+        patches = [base_models]  # which have no loss
+        if "backbone_config" not in self.settings:  # they take a config that may hold another for one that does
+            patches.append(patch.object(VMDConfig, "sub_configs", {}))
+        for each in patches:
+            each.start()
+            self.addCleanup(each.stop)
         name = self._testMethodName
         reason = DOES_NOT_APPLY.get(name) or DOES_NOT_APPLY.get(f"{type(self).__name__}.{name}")
         if reason is not None:
@@ -63,6 +67,11 @@ class CommonTests(modeling_tests.ModelTesterMixin):
         """Without mask and pad token: theirs takes no logits of minus infinity, which the two always have."""
         self.model_tester.settings |= {"mask_token_id": None, "pad_token_id": None}
         super().test_batching_equivalence()
+
+    def test_resize_tokens_embeddings(self):
+        """Without mask and pad token: theirs leaves four tokens, and a vocabulary without these two is an error."""
+        self.model_tester.settings |= {"mask_token_id": None, "pad_token_id": None}
+        super().test_resize_tokens_embeddings()
 
     def test_config(self):
         settings = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4}
