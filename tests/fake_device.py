@@ -28,7 +28,7 @@ _pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, (ctypes.py_object, 
 
 
 def _view(of: torch.Tensor, size, stride, offset: int) -> torch.Tensor:
-    """Of the same storage, by which autograd sees what it may not change. (This kernel of the CPU takes any device.)"""
+    """Of the same storage, by which autograd sees what it may not change. (This CPU kernel takes any device.)"""
     return torch.ops.aten.as_strided.default.redispatch(_cpu_keys, of, size, stride, offset)
 
 
