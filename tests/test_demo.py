@@ -281,11 +281,12 @@ def test_models_run_on_the_accelerator_where_there_is_one(monkeypatch):
 def test_the_command_passes_its_options_on(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(demo, "launch", lambda *args, **options: calls.append(args[:5]))
-    assert run("demo", "a", "b", "--sudoku=c", "--setting=d2", "--port=8000").exit_code == 0
+    names = [str(CARDS / name) for name in ("vmd-d1", "mdm-d1", "vmd-sudoku")]
+    assert run("demo", *names[:2], f"--sudoku={names[2]}", "--setting=d2", "--port=8000").exit_code == 0
     monkeypatch.setattr(cli, "MODEL_CARDS", CARDS)  # not beside the package, where that is installed
     assert run("demo").exit_code == 0
     cards = [str(CARDS / name) for name in ("mdm-d1", "vmd-d1", "vmd-sudoku")]
-    assert calls == [(["a", "b"], ["c"], "d2", 8000, False), (cards[:2], cards[2:], "d1", None, False)]
+    assert calls == [(names[:2], names[2:], "d2", 8000, False), (cards[:2], cards[2:], "d1", None, False)]
     monkeypatch.setattr(cli, "MODEL_CARDS", tmp_path / "nothing")
     monkeypatch.chdir(tmp_path)
     result = run("demo")
