@@ -45,11 +45,12 @@ def test_an_adapter_is_trained_saved_loaded_and_merged(tmp_path, task_type, modu
     base = VMDForMaskedDiffusion.from_pretrained(tmp_path / "base")
     untrained = values_of(base)
     frozen = {name: value.clone() for name, value in base.state_dict().items()}
+    parameters = [name for name, _ in base.named_parameters()]
     model = get_peft_model(base, LoraConfig(r=2, task_type=task_type, modules_to_save=modules))
     torch.testing.assert_close(values_of(model), untrained)  # an adapter starts without effect
     before = trained_weights(model)
     wholly = {name for name in before if ".modules_to_save." in name}
-    latent_path = {name for name in frozen if any(f"{part}." in name for part in modules or ())}
+    latent_path = {name for name in parameters if any(f"{part}." in name for part in modules or ())}
     originals = {name.replace(".modules_to_save.default", "").removeprefix("base_model.model.") for name in wholly}
     assert originals == latent_path  # each part of the latent path, and no more
     assert all("lora_" in name for name in before.keys() - wholly)
