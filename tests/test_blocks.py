@@ -24,7 +24,15 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from vmd_hf import VMDForMaskedDiffusion, nelbo
-from vmd_hf.blocks_vmd import EMPTY, PADDING, Places, block_attention_mask, join_places, lay_out_blocks, may_attend
+from vmd_hf.blocks_vmd import (
+    EMPTY,
+    PADDING,
+    TokenIndex,
+    block_attention_mask,
+    join_token_indices,
+    lay_out_blocks,
+    may_attend,
+)
 from vmd_hf.training import VMDMetricsCallback
 
 POSITIONS = {
@@ -98,9 +106,9 @@ def triples(places, row):
 
 
 def places_of(rows, num_columns):
-    """`Places` of lists of (block, document, clean)."""
+    """`TokenIndex` of lists of (block, document, clean)."""
     values = torch.tensor(rows).view(len(rows), num_columns, 3).unbind(-1)
-    return Places(block=values[0], document=values[1], clean=values[2].bool())
+    return TokenIndex(block=values[0], document=values[1], clean=values[2].bool())
 
 
 def allowed_by(query, key):
@@ -121,7 +129,7 @@ def test_two_blocks_of_two_attend_as_in_the_picture():
     """
     expected = [[cell == "#" for cell in line.split()] for line in picture.strip().splitlines()]
     layout = lay_out_blocks(torch.zeros(1, 4), None, None, 2)
-    both = join_places([layout.places(clean=True), layout.places(clean=False)])
+    both = join_token_indices([layout.token_index(clean=True), layout.token_index(clean=False)])
     assert allowed_by(both, both)[0].tolist() == expected
 
 
@@ -129,7 +137,7 @@ def random_places(batch_size, length, seed):
     generator = torch.Generator().manual_seed(seed)
     draw = [torch.randint(0, n, (batch_size, length), generator=generator) for n in (4, 5, 2)]
     document = torch.tensor([0, 1, 2, PADDING, EMPTY])[draw[1]]
-    return Places(block=draw[0], document=document, clean=draw[2].bool())
+    return TokenIndex(block=draw[0], document=document, clean=draw[2].bool())
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -157,7 +165,7 @@ def test_the_dense_masks_are_the_loop_over_queries_and_keys(seed):
 
 def test_places_that_all_rows_share_are_joined_with_those_of_each_row():
     shared, own = random_places(1, 3, 0), random_places(2, 4, 1)
-    joined = join_places([shared, own])
+    joined = join_token_indices([shared, own])
     for row in range(2):
         assert triples(joined, row) == triples(shared, 0) + triples(own, row)
 
@@ -190,13 +198,13 @@ def test_whole_blocks_without_padding_are_their_own_grid():
     values = LETTERS[:12].view(2, 6)
     layout = lay_out_blocks(values, None, None, 3)
     assert (layout.num_blocks, layout.width) == (2, 3)
-    assert layout.real is None and layout.slots is None
+    assert layout.real is None and layout.columns is None
     assert torch.equal(layout.scatter(values, 0), values)
     assert torch.equal(layout.gather(values), values)
     assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
     assert document_of(layout) == [[0] * 6]
-    assert layout.places(clean=True).block.tolist() == [[0, 0, 0, 1, 1, 1]]
-    assert layout.places(clean=True).clean.all() and not layout.places(clean=False).clean.any()
+    assert layout.token_index(clean=True).block.tolist() == [[0, 0, 0, 1, 1, 1]]
+    assert layout.token_index(clean=True).clean.all() and not layout.token_index(clean=False).clean.any()
     assert layout.blocks(values).tolist() == [[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [10, 11, 12]]]
 
 

@@ -69,7 +69,7 @@ def one_pass_training_step(model: VMDForMaskedDiffusion, input_ids: torch.Tensor
     """A step of block diffusion as most code has it: clean and noisy tokens in one pass under a mask of 2L x 2L."""
     layout = model.model.lay_out(input_ids)
     masked = torch.rand(input_ids.shape, device=input_ids.device) < 0.5
-    context = CleanContext(input_ids=input_ids, position_ids=layout.position_ids, new=layout.places(clean=True))
+    context = CleanContext(input_ids=input_ids, position_ids=layout.position_ids, new=layout.token_index(clean=True))
     outputs = model.model(input_ids.masked_fill(masked, MASK), layout=layout, context=context)
     logits = model.compute_logits(outputs.last_hidden_state[masked])
     F.cross_entropy(logits, input_ids[masked]).backward()

@@ -53,7 +53,7 @@ class VMDBackbone(VMDDenoiser):
             raise ValueError("position_ids must be None with a backbone, which counts for itself")
         layout = super().lay_out(input_ids, attention_mask)
         if layout.real is not None:
-            layout.slots = layout.position_ids.masked_fill(~layout.real, layout.width)
+            layout.columns = layout.position_ids.masked_fill(~layout.real, layout.width)
             layout.position_ids = torch.arange(layout.width, device=input_ids.device).expand_as(input_ids)
             layout.real = layout.scatter(layout.real, False)
         return layout

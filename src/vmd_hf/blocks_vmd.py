@@ -18,7 +18,7 @@ PADDING, EMPTY = -1, -2  # documents of padding, and of key columns that hold no
 
 
 @dataclass
-class Places:
+class TokenIndex:
     """Where tokens stand, as attention sees it. Each (batch, length), or (1, length) if all rows agree.
 
     Attributes:
@@ -31,23 +31,23 @@ class Places:
     document: torch.Tensor
     clean: torch.Tensor
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Places":
-        return Places(function(self.block), function(self.document), function(self.clean))
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TokenIndex":
+        return TokenIndex(function(self.block), function(self.document), function(self.clean))
 
 
-def stack_places(parts: list[Places], dim: int = 0) -> Places:
-    """Places of batches that are concatenated along a dimension."""
+def stack_token_indices(parts: list[TokenIndex], dim: int = 0) -> TokenIndex:
+    """TokenIndex of batches that are concatenated along a dimension."""
     names = ("block", "document", "clean")
-    return Places(*(torch.cat([getattr(part, name) for part in parts], dim) for name in names))
+    return TokenIndex(*(torch.cat([getattr(part, name) for part in parts], dim) for name in names))
 
 
-def join_places(parts: list[Places]) -> Places:
-    """Places of sequences that are concatenated along their length."""
+def join_token_indices(parts: list[TokenIndex]) -> TokenIndex:
+    """TokenIndex of sequences that are concatenated along their length."""
     batch = max(part.document.shape[0] for part in parts)
-    return stack_places([part.map(lambda value: value.expand(batch, -1)) for part in parts], dim=-1)
+    return stack_token_indices([part.map(lambda value: value.expand(batch, -1)) for part in parts], dim=-1)
 
 
-def may_attend(query: Places, key: Places) -> torch.Tensor:
+def may_attend(query: TokenIndex, key: TokenIndex) -> torch.Tensor:
     """The attention pattern of block diffusion, elementwise over broadcastable places.
 
     A token sees the clean tokens of earlier blocks of its document, and its own block in its own stream: a clean token
@@ -58,7 +58,7 @@ def may_attend(query: Places, key: Places) -> torch.Tensor:
     return (key.document == query.document) & (earlier | own)
 
 
-def block_attention_mask(config, query: Places, key: Places, dtype: torch.dtype):
+def block_attention_mask(config, query: TokenIndex, key: TokenIndex, dtype: torch.dtype):
     """`may_attend` in the form that the config's attention implementation takes.
 
     Raises:
@@ -93,8 +93,8 @@ class Layout:
         width: Tokens of a block (for whole sequences the length), so that the grid is (batch, N * width).
         position_ids: (batch, N * width), positions in each row's own text.
         real: (batch, N * width) bool, False for padding; `None` where nothing is padding.
-        document: (batch or 1, N * width), see [`Places`]; `None` for whole sequences, one document a row.
-        slots: (batch, length), the column on the grid of each column of the row, N * width for padding; `None` where
+        document: (batch or 1, N * width), see [`TokenIndex`]; `None` for whole sequences, one document a row.
+        columns: (batch, length), the column on the grid of each column of the row, N * width for padding; `None` where
             the grid is the row itself.
         first_block: Number of the grid's first block, (batch, 1) where it is not the row's first.
     """
@@ -104,24 +104,24 @@ class Layout:
     position_ids: torch.Tensor
     real: torch.Tensor | None
     document: torch.Tensor | None = None
-    slots: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
     first_block: torch.Tensor | int = 0
 
     def scatter(self, values: torch.Tensor, fill: int | bool | float) -> torch.Tensor:
         """(batch, length) values of the rows on the grid, `fill` where it has padding of its own."""
-        if self.slots is None:
+        if self.columns is None:
             return values
         grid = values.new_full((values.shape[0], self.num_blocks * self.width + 1), fill)
-        return grid.scatter_(-1, self.slots, values)[:, :-1]
+        return grid.scatter_(-1, self.columns, values)[:, :-1]
 
     def gather(self, grid: torch.Tensor) -> torch.Tensor:
         """Values on the grid, (batch, N * width) or with further dimensions, for each column of the rows. What padding
         gets is arbitrary."""
-        if self.slots is None:
+        if self.columns is None:
             return grid
-        slots = self.slots.clamp(max=self.num_blocks * self.width - 1)
-        slots = slots.view(*slots.shape, *[1] * (grid.dim() - 2)).expand(*slots.shape, *grid.shape[2:])
-        return grid.gather(1, slots)  # take_along_dim would fix the sizes of an exported model
+        columns = self.columns.clamp(max=self.num_blocks * self.width - 1)
+        columns = columns.view(*columns.shape, *[1] * (grid.dim() - 2)).expand(*columns.shape, *grid.shape[2:])
+        return grid.gather(1, columns)  # take_along_dim would fix the sizes of an exported model
 
     def select(self, rows: torch.Tensor) -> "Layout":
         """The layout on the grid of a batch that is made of these rows (int64, any number of times each)."""
@@ -140,13 +140,13 @@ class Layout:
     def restarts(self) -> torch.Tensor | None:
         """(batch, length) bool, the first tokens of documents that are packed into whole sequences; `None` where the
         first token of each row (or block) is the only one."""
-        if self.document is None or self.slots is not None or self.num_blocks > 1:
+        if self.document is None or self.columns is not None or self.num_blocks > 1:
             return None
         return nn.functional.pad(self.document[:, 1:] != self.document[:, :-1], (1, 0))
 
-    def places(self, clean: bool) -> Places:
+    def token_index(self, clean: bool) -> TokenIndex:
         columns = torch.arange(self.num_blocks * self.width, device=self.document.device)[None]
-        return Places(
+        return TokenIndex(
             block=columns // self.width + self.first_block,
             document=self.document,
             clean=torch.full_like(columns, clean, dtype=torch.bool),
@@ -206,7 +206,7 @@ def lay_out_blocks(
         document = torch.where(positions < length, 0, PADDING)[None]
         layout = Layout(num_blocks, block_size, positions.expand(batch, -1), None, document)
         if missing:
-            layout.slots = columns.expand(batch, -1)
+            layout.columns = columns.expand(batch, -1)
             layout.real = (document >= 0).expand(batch, -1)
             layout.position_ids = positions.where(positions < length, 0).expand(batch, -1)
         return layout
@@ -215,7 +215,7 @@ def lay_out_blocks(
     if position_ids is None:
         positions = row_positions(real)
         document = torch.zeros_like(positions)
-        slots = positions
+        columns = positions
     else:
         positions = position_ids
         document = documents_of(positions, real)
@@ -226,9 +226,9 @@ def lay_out_blocks(
         new_block = real & (key > last)
         block = new_block.long().cumsum(-1) - 1
         num_blocks = max(int(block.max()) + 1, 1)
-        slots = block.clamp(min=0) * block_size + positions % block_size
+        columns = block.clamp(min=0) * block_size + positions % block_size
     layout = Layout(num_blocks, block_size, positions, None, document)
-    layout.slots = slots.masked_fill(~real, num_blocks * block_size)
+    layout.columns = columns.masked_fill(~real, num_blocks * block_size)
     layout.real = layout.scatter(real, False)
     layout.document = layout.scatter(document, PADDING)
     layout.position_ids = layout.scatter(positions, 0)
@@ -241,16 +241,16 @@ class CleanContext:
 
     Attributes:
         keys_values: For each layer keys and values (batch, heads, read, head_dim) of the tokens already read.
-        read: Places of these.
+        read: TokenIndex of these.
         input_ids: (batch, new) int64, whole blocks of clean tokens still to be read, or `None`.
         position_ids, new: Their positions (batch, new) and places.
     """
 
     keys_values: list[tuple[torch.Tensor, torch.Tensor]] | None = None
-    read: Places | None = None
+    read: TokenIndex | None = None
     input_ids: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
-    new: Places | None = None
+    new: TokenIndex | None = None
 
     def select(self, rows: torch.Tensor) -> "CleanContext":
         """What was read, for a batch that is made of these rows (int64, any number of times each)."""

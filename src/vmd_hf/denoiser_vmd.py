@@ -128,7 +128,9 @@ class VMDDenoiser(VMDPreTrainedModel):
             hidden_states, context = read_context(self.run(grid, layout, clean=True, return_dict=True), layout)
             latents, _ = self.latent_prior(last_before_blocks(hidden_states, layout))
         elif self.config.block_size is not None:
-            context = CleanContext(input_ids=grid, position_ids=layout.position_ids, new=layout.places(clean=True))
+            context = CleanContext(
+                input_ids=grid, position_ids=layout.position_ids, new=layout.token_index(clean=True)
+            )
         if self.conditioner is not None:
             if latents is None:
                 latents = torch.zeros(grid.shape[0], self.config.gaussian_size, device=grid.device)
@@ -171,7 +173,7 @@ class VMDDenoiser(VMDPreTrainedModel):
 
 def read_context(outputs: VMDModelOutput, layout: Layout) -> tuple[torch.Tensor, CleanContext]:
     """Hidden states of a pass over clean tokens, and what later passes need to know of it."""
-    return outputs.last_hidden_state, CleanContext(outputs.keys_values, layout.places(clean=True))
+    return outputs.last_hidden_state, CleanContext(outputs.keys_values, layout.token_index(clean=True))
 
 
 def gather_hidden_states(hidden_states, layout: Layout):

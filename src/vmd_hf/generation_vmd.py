@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.generation import EosTokenCriteria, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
-from .blocks_vmd import EMPTY, CleanContext, Layout, Places, join_places, stack_places
+from .blocks_vmd import EMPTY, CleanContext, Layout, TokenIndex, join_token_indices, stack_token_indices
 from .chain_vmd import draw_states, state_marginals
 from .generation_configuration_vmd import VMDGenerationConfig
 from .sampling_vmd import (
@@ -233,7 +233,7 @@ class Canvas:
         if without_given:
             hidden = hidden | self.given.gather(-1, columns)
         document = self.layout.document.expand_as(self.tokens).gather(-1, columns).masked_fill(hidden, EMPTY)
-        places = Places(block, document, torch.ones_like(hidden))
+        places = TokenIndex(block, document, torch.ones_like(hidden))
         return self.tokens.gather(-1, columns), self.layout.position_ids.gather(-1, columns), places
 
     def put(self, columns: torch.Tensor, tokens: torch.Tensor, masked: torch.Tensor) -> None:
@@ -252,7 +252,7 @@ class ContextReader:
     def __init__(self, model_config, canvas: Canvas, rounds: Rounds, config: VMDGenerationConfig):
         self.canvas = canvas
         self.guided = config.guidance_scale is not None
-        self.read: Places | None = None
+        self.read: TokenIndex | None = None
         self.cache = None
         self.context = CleanContext()
         stop = rounds.block
@@ -279,7 +279,7 @@ class ContextReader:
             parts.append(self.canvas.clean_blocks(first, block, num_blocks, without_given=True))
         tokens, positions, places = zip(*parts, strict=True)
         self.context.input_ids, self.context.position_ids = torch.cat(tokens), torch.cat(positions)
-        self.context.new = stack_places(places)
+        self.context.new = stack_token_indices(places)
 
     def keep(self, keys_values) -> None:
         """Writes what a pass has read into the cache."""
@@ -288,7 +288,7 @@ class ContextReader:
         for index, pair in enumerate(keys_values):
             self.cache.update(*pair, index)
         new = self.context.new
-        self.read = new if self.read is None else join_places([self.read, new])
+        self.read = new if self.read is None else join_token_indices([self.read, new])
         self.context = self._held()
 
     def _held(self) -> CleanContext:
@@ -296,7 +296,7 @@ class ContextReader:
         if self.read is not None:
             # What a static cache has left.
             empty = self.cache.layers[0].keys.shape[2] - self.read.block.shape[1]
-            context.read = Places(
+            context.read = TokenIndex(
                 pad(self.read.block, (0, empty)),
                 pad(self.read.document, (0, empty), value=EMPTY),
                 pad(self.read.clean, (0, empty), value=True),

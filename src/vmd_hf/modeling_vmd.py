@@ -12,7 +12,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbones_vmd import VMDBackbone, backbone_settings, load_masked_lm
-from .blocks_vmd import CleanContext, Layout, block_attention_mask, join_places
+from .blocks_vmd import CleanContext, Layout, block_attention_mask, join_token_indices
 from .chain_vmd import VMDChain
 from .checks_vmd import OWN_LOSS, check_shape
 from .configuration_vmd import VMDConfig
@@ -143,9 +143,9 @@ class VMDModel(VMDDenoiser):
         if self.config.block_size is None:
             attention = self.attention_context(hidden_states, layout.real, position_ids, layout.document)
         else:
-            query = layout.places(clean)
-            query = query if context.new is None else join_places([context.new, query])
-            key = query if context.read is None else join_places([context.read, query])
+            query = layout.token_index(clean)
+            query = query if context.new is None else join_token_indices([context.new, query])
+            key = query if context.read is None else join_token_indices([context.read, query])
             attention = {
                 "attention_mask": block_attention_mask(self.config, query, key, hidden_states.dtype),
                 "position_embeddings": self.rotary_angles(hidden_states, position_ids),
