@@ -119,6 +119,7 @@ class VMDLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
         size = config.conditioning_size + 1, 6 * config.hidden_size
         self.modulation = VMDZeroLinear(*size, bias=False) if conditioned else None
+        self._last_changes = None, None
 
     def forward(
         self, hidden_states, conditioning=None, context_key=None, context_value=None, **kwargs
@@ -130,10 +131,7 @@ class VMDLayer(GradientCheckpointingLayer):
             conditioning: (batch, blocks, conditioning_size + 1): of each of the row's equal blocks.
             context_key, context_value, kwargs: Of the attention.
         """
-        changes = [None] * 6
-        if conditioning is not None and self.modulation is not None:
-            changes = self.modulation(conditioning).chunk(6, dim=-1)  # each (batch, blocks, hidden)
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = changes
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.changes(conditioning)
         update, _, key, value = self.attention(
             modulate(self.attention_norm(hidden_states), shift_1, scale_1), context_key, context_value, **kwargs
         )
@@ -141,24 +139,37 @@ class VMDLayer(GradientCheckpointingLayer):
         update = self.mlp(modulate(self.mlp_norm(hidden_states), shift_2, scale_2))
         return add_gated(hidden_states, self.dropout(update), gate_2), key, value
 
+    def changes(self, conditioning) -> tuple[torch.Tensor | None, ...]:
+        """Shift, 1 + scale and 1 + gate of both halves, each (batch, blocks, hidden); `None` for no change. Sampling
+        steps that share a latent share what was made of it."""
+        if conditioning is None or self.modulation is None:
+            return (None,) * 6
+        remember = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if remember and self._last_changes[0] is conditioning:
+            return self._last_changes[1]
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(conditioning).chunk(6, dim=-1)
+        changes = shift_1, 1 + scale_1, 1 + gate_1, shift_2, 1 + scale_2, 1 + gate_2
+        self._last_changes = (conditioning, changes) if remember else (None, None)
+        return changes
+
 
 def modulate(hidden_states, shift, scale):
-    """(batch, length, hidden) with one shift and scale (batch, blocks, hidden) for each of its equal blocks."""
+    """(batch, length, hidden) with one shift and factor (batch, blocks, hidden) for each of its equal blocks."""
     if scale is None:
         return hidden_states
     if scale.shape[1] == 1:
-        return torch.addcmul(shift, hidden_states, 1 + scale)
+        return torch.addcmul(shift, hidden_states, scale)
     blocks = hidden_states.unflatten(1, (scale.shape[1], -1))
-    return torch.addcmul(shift[:, :, None], blocks, (1 + scale)[:, :, None]).flatten(1, 2)
+    return torch.addcmul(shift[:, :, None], blocks, scale[:, :, None]).flatten(1, 2)
 
 
 def add_gated(residual, update, gate):
     if gate is None:
         return residual + update
     if gate.shape[1] == 1:
-        return torch.addcmul(residual, 1 + gate, update)
+        return torch.addcmul(residual, gate, update)
     shape = (gate.shape[1], -1)
-    blocks = residual.unflatten(1, shape), (1 + gate)[:, :, None], update.unflatten(1, shape)
+    blocks = residual.unflatten(1, shape), gate[:, :, None], update.unflatten(1, shape)
     return torch.addcmul(*blocks).flatten(1, 2)
 
 
