@@ -13,9 +13,9 @@ from transformers import (
 )
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion, VMDGenerateOutput, VMDGenerationConfig
+from vmd_hf.canvas_vmd import EndOfText, PrefixStreamer, prepare_canvas
 from vmd_hf.data.text import character_tokenizer
 from vmd_hf.generation_configuration_vmd import REMASKING_RULES
-from vmd_hf.generation_vmd import EndOfText, PrefixStreamer, prepare_canvas
 
 MASK, PAD = 7, 8
 SURE_RULES = ("top_prob", "top_prob_margin", "entropy")

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForMaskedLM, BatchEncoding, Pipeline, PreTrainedTokenizerBase
 
+from .canvas_vmd import prepare_canvas
 from .generation_configuration_vmd import VMDGenerationConfig
-from .generation_vmd import prepare_canvas
 
 TASK = "masked-diffusion"
 _OUTPUT_SETTINGS = {"return_dict_in_generate", "output_history", "output_confidences"}
