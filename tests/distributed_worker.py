@@ -96,7 +96,7 @@ def train(
     args.per_device_train_batch_size = batch_size // (args.world_size * args.gradient_accumulation_steps)
     args.per_device_eval_batch_size = eval_batch_size // args.world_size
     shard_on_cpu()
-    metrics.FIRST_WINDOW = 2  # so that six steps are enough for a warning
+    first_window, metrics.FIRST_WINDOW = metrics.FIRST_WINDOW, 2  # so that six steps are enough for a warning
     warnings = Messages()
     metrics.logger.addHandler(warnings)
     callbacks = [VMDMetricsCallback(), SeededNoiseCallback(), FiniteGradientsCallback()]
@@ -118,8 +118,10 @@ def train(
         trainer.train(resume_from_checkpoint=resume)
     except FloatingPointError as error:
         return {"error": str(error)}
+    finally:
+        metrics.FIRST_WINDOW = first_window
+        metrics.logger.removeHandler(warnings)
     result = {"wrapper": type(trainer.model_wrapped).__name__, "log": trainer.state.log_history}
-    metrics.logger.removeHandler(warnings)
     result["warnings"] = warnings.messages
 
     ids = torch.full((5, 6), TOKENIZER.mask_token_id)
