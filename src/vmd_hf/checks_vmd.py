@@ -113,20 +113,17 @@ def check_labels(input_ids, labels, attention_mask, config):
     )
 
 
-def check_noise(times, position_noise, latent_noise, shape, latent_shape, config):
-    """Given noise has the right shape (units (batch,) or (batch, N)), and times lie in the objective's range."""
-    units, tokens = shape
+def check_noise(times, latent_noise, shape, latent_shape, config):
+    """Given noise has the right shape (`shape`: (batch,) or (batch, N)), and times lie in the objective's range."""
     if times is not None:
-        check_shape("times", times, units)
+        check_shape("times", times, shape)
         if config.objective == "vmd":
             holds, rule = (times > 0) & (times <= 1), "times must lie in (0, 1] under the vmd objective"
         else:
             holds, rule = (times >= 0) & (times < 1), f"times must lie in [0, 1) under {config.objective}"
         require(holds.all(), f"{rule}, got others")
-    if position_noise is not None:
-        check_shape("position_noise", position_noise, tokens)
     if latent_noise is not None:
-        check_shape("latent_noise", latent_noise, (*units, *latent_shape))
+        check_shape("latent_noise", latent_noise, (*shape, *latent_shape))
 
 
 __all__ = [

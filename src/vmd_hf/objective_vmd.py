@@ -137,7 +137,7 @@ def corrupt(
     per_block = config.objective_draws, config.gaussian_size
     given_shape = (rows,) if config.block_size is None else (rows, num_blocks)
     given_draws = per_block if config.objective_draws > 1 else (config.gaussian_size,)
-    check_noise(times, None, latent_noise, (given_shape, None), given_draws, config)
+    check_noise(times, latent_noise, given_shape, given_draws, config)
     if noise_seeds is not None:
         check_shape("noise_seeds", noise_seeds, (rows,))
         noise = seeded_noise(noise_seeds, batch.maskable, layout.blocks(layout.position_ids), per_block)
