@@ -31,8 +31,7 @@ from .modeling_vmd import VMDForMaskedDiffusion
 from .noise_vmd import reveal_rank
 from .objective_vmd import (
     CleanBatch,
-    block_cross_entropy,
-    chain_cross_entropy,
+    cross_entropy_of,
     denoise,
     marginal_logits,
     posterior,
@@ -354,10 +353,7 @@ def _cross_entropy(model, rows: CleanBatch, masked, revealed, latents, num_sampl
         outputs = denoise(
             model, chunk, masked[state], revealed[state].sum(-1), None if latents is None else latents[index]
         )
-        if model.chain is None:
-            parts.append(block_cross_entropy(model, outputs.last_hidden_state, chunk.x_0, revealed[state]))
-        else:
-            parts.append(chain_cross_entropy(model, outputs.last_hidden_state, chunk, masked[state], revealed[state]))
+        parts.append(cross_entropy_of(model, outputs.last_hidden_state, chunk, masked[state], revealed[state]))
     return torch.cat(parts).unflatten(0, (len(masked), num_samples))
 
 
@@ -377,10 +373,7 @@ def _follow(model, batch: CleanBatch, row_steps, order: Order) -> torch.Tensor:
             revealed = select_positions(confidence.flatten(0, 1), masked.flatten(0, 1), count.flatten()).view_as(
                 masked
             )
-        if model.chain is None:
-            losses = block_cross_entropy(model, hidden_states, batch.x_0, revealed)
-        else:
-            losses = chain_cross_entropy(model, hidden_states, batch, masked, revealed)
+        losses = cross_entropy_of(model, hidden_states, batch, masked, revealed)
         total += losses.sum(-1)
         masked = masked & ~revealed
     return total

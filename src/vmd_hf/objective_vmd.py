@@ -248,6 +248,22 @@ def chain_cross_entropy(
     return -found.sum(-1).view(batch.x_0.shape[:2])
 
 
+def normaliser(batch: CleanBatch, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+    """The tokens over which every term of a loss is averaged: `num_items_in_batch`, by default the labelled ones."""
+    num_items = batch.maskable.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+    return num_items.clamp(min=1)
+
+
+def cross_entropy_of(
+    model, hidden_states: torch.Tensor, batch: CleanBatch, masked: torch.Tensor, revealed: torch.Tensor
+) -> torch.Tensor:
+    """-log p(revealed tokens | x_t, z), (batch, N) float32, in nats: by a chain, or of independent tokens. Arguments
+    as in [`chain_cross_entropy`]."""
+    if model.chain is None:
+        return block_cross_entropy(model, hidden_states, batch.x_0, revealed)
+    return chain_cross_entropy(model, hidden_states, batch, masked, revealed)
+
+
 def marginal_logits(model, hidden_states: torch.Tensor, batch: CleanBatch, masked: torch.Tensor) -> torch.Tensor:
     """Logits of p(x^i | x_t) of each masked token, (tokens, vocabulary) float32, in the order of `masked` (batch, N,
     width); `hidden_states` (batch, N * width, hidden) are those of the denoiser."""
@@ -269,8 +285,8 @@ def chain_loss(
     outputs = denoise(model, batch, masked, num_revealed, **kwargs)
     share = num_revealed / masked.sum(-1).clamp(min=1)
     losses = chain_cross_entropy(model, outputs.last_hidden_state, batch, masked, masked)
-    num_items = batch.maskable.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-    loss = (corruption.weight * share * losses).sum() / num_items.clamp(min=1)
+    num_items = normaliser(batch, num_items_in_batch)
+    loss = (corruption.weight * share * losses).sum() / num_items
     return Loss(loss, loss.detach(), loss.new_zeros(()), None, None, outputs, batch.layout)
 
 
@@ -317,13 +333,13 @@ def variational_loss(
         return losses.view(-1, num_draws, losses.shape[-1]).transpose(1, 2)
 
     reconstruction = reconstruction_of(outputs.last_hidden_state)
-    num_items = batch.maskable.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-    weight = corruption.weight * share / num_items.clamp(min=1)
+    num_items = normaliser(batch, num_items_in_batch)
+    weight = corruption.weight * share / num_items
     reconstruction_loss = (weight * reconstruction.mean(-1)).sum()
     kl = reconstruction_loss.new_zeros(())
     if kl_elements is not None:
         kl_weight = 1 if config.objective == "per_sample" else corruption.weight
-        kl = (kl_weight * kl_elements.sum(-1)).sum() / num_items.clamp(min=1)
+        kl = (kl_weight * kl_elements.sum(-1)).sum() / num_items
     if num_draws == 1:
         loss = reconstruction_loss + model.kl_weight() * kl
     else:
@@ -353,6 +369,7 @@ __all__ = [
     "chain_cross_entropy",
     "chain_loss",
     "corrupt",
+    "cross_entropy_of",
     "denoise",
     "last_before_blocks",
     "marginal_logits",
