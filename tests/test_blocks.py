@@ -203,7 +203,7 @@ def test_whole_blocks_without_padding_are_their_own_grid():
     assert torch.equal(layout.gather(values), values)
     assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
     assert document_of(layout) == [[0] * 6]
-    assert layout.token_index(clean=True).block.tolist() == [[0, 0, 0, 1, 1, 1]]
+    assert layout.token_index(clean=True).block.tolist() == [[0, 0, 0, 3, 3, 3]]
     assert layout.token_index(clean=True).clean.all() and not layout.token_index(clean=False).clean.any()
     assert layout.blocks(values).tolist() == [[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [10, 11, 12]]]
 

@@ -186,18 +186,19 @@ class Canvas:
             real=None if layout.real is None else layout.real.gather(-1, columns),
             document=layout.document.expand_as(self.tokens).gather(-1, columns),
             first_block=block[:, None],
+            causal=layout.causal,
         )
 
     def clean_blocks(self, first: torch.Tensor, stop: torch.Tensor, num_blocks: int, without_given: bool):
         """Tokens, positions and places of each row's blocks `first` to `stop` (batch,), `num_blocks` at most.
         `without_given` hides the given tokens from all others."""
         columns = self.columns(first, num_blocks)
-        block = first[:, None] + torch.arange(columns.shape[1], device=columns.device) // self.layout.width
-        hidden = block >= stop[:, None]
+        of_row = first[:, None] * self.layout.width + torch.arange(columns.shape[1], device=columns.device)
+        hidden = of_row >= stop[:, None] * self.layout.width
         if without_given:
             hidden = hidden | self.given.gather(-1, columns)
         document = self.layout.document.expand_as(self.tokens).gather(-1, columns).masked_fill(hidden, EMPTY)
-        places = TokenIndex(block, document, torch.ones_like(hidden))
+        places = TokenIndex(self.layout.begin(of_row, clean=True), document, torch.ones_like(hidden))
         return self.tokens.gather(-1, columns), self.layout.position_ids.gather(-1, columns), places
 
     def put(self, columns: torch.Tensor, tokens: torch.Tensor, masked: torch.Tensor) -> None:
@@ -245,15 +246,16 @@ class ContextReader:
         self.context.input_ids, self.context.position_ids = torch.cat(tokens), torch.cat(positions)
         self.context.new = stack_token_indices(places)
 
-    def keep(self, keys_values) -> None:
-        """Writes what a pass has read into the cache."""
+    def keep(self, read) -> None:
+        """Writes what a pass has read (its output, or the [`CleanContext`] made of it) into the cache."""
         if self.cache is None or self.context.input_ids is None:
             return
-        for index, pair in enumerate(keys_values):
+        for index, pair in enumerate(read.keys_values):
             self.cache.update(*pair, index)
         new = self.context.new
         self.read = new if self.read is None else join_token_indices([self.read, new])
         self.context = self._held()
+        self.context.before = read.before
 
     def _held(self) -> CleanContext:
         context = CleanContext()
