@@ -27,6 +27,7 @@ before.
 import copy
 import inspect
 import os
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -55,11 +56,18 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters e
 MASK_TOKEN = "[MASK]"
 
 
+@dataclass
+class EncoderOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """With all that the heads of language models ask for."""
+
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
 class PassThrough(nn.Module):
     """In an encoder's place: what comes in is what it would have put out."""
 
     def forward(self, *args, inputs_embeds=None, **kwargs):
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+        return EncoderOutput(last_hidden_state=inputs_embeds)
 
 
 class ContextLayer(DynamicLayer):
@@ -276,20 +284,19 @@ def backbone_settings(model: PreTrainedModel, backbone_type: str, with_blocks: b
             "model must have token embeddings as wide as its hidden states, got "
             f"{width} and {backbone.hidden_size} ({type(model).__name__})"
         )
-    longest = [backbone.max_position_embeddings]
-    longest += [table.num_embeddings - first_position(model) for table in position_tables(model)]
     if with_blocks:
         layer_types = set(getattr(backbone, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         if layer_types or "position_ids" not in inspect.signature(model.base_model.forward).parameters:
             raise ValueError(
                 "model must take position_ids and have layers of attention only with block_size, got "
-                f"{type(model).__name__} with {sorted(layer_types) or 'no position_ids'}"
+                f"{type(model).__name__} with {', '.join(sorted(layer_types)) or 'no position_ids'}"
             )
-        if window := getattr(backbone, "sliding_window", None):
-            longest.append(window)  # the mask given to it has no window: up to here, neither has its own
+    longest = [backbone.max_position_embeddings]
+    longest += [table.num_embeddings - first_position(model) for table in position_tables(model)]
+    if with_blocks and (window := getattr(backbone, "sliding_window", None)):
+        longest.append(window)  # the mask given to it has no window: up to here, neither has its own
     settings = {
-        "backbone_config": backbone,
-        "attn_implementation": backbone._attn_implementation,  # or it would be forgotten
+        "backbone_config": copy.deepcopy(backbone),  # for it is made to agree with the config that it is part of
         "backbone_type": backbone_type,
         "vocab_size": backbone.vocab_size,
         "hidden_size": backbone.hidden_size,

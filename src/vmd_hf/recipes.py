@@ -22,6 +22,8 @@ _NO_ARGUMENTS = {
     "pad_token_id",
     "eos_token_id",
     "backbone_config",
+    "backbone_type",
+    "token_shift",
 }
 # The models of the recipes are small, and so is that of a recipe that gives no sizes.
 _DEFAULTS = {
