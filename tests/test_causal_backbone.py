@@ -7,6 +7,7 @@ from helpers import normal, padded, randomise, seeded, uniform, unpadded
 from safetensors import safe_open
 from torch.nn.functional import cross_entropy
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     BertConfig,
@@ -17,6 +18,7 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     ModernBertConfig,
     Qwen2Config,
@@ -86,6 +88,7 @@ KINDS = {
     "llama": {"family": "llama"},
     "gpt2-unshifted": {"family": "gpt2", "token_shift": False},
     "bert": {"family": "bert"},
+    "bert-shifted": {"family": "bert", "token_shift": True},
     "roberta": {"family": "roberta"},
     "eurobert": {"family": "eurobert"},
 }
@@ -305,6 +308,35 @@ def test_the_probabilities_of_all_blocks_given_what_is_before_sum_to_one(kind):
     torch.testing.assert_close(nelbo(model, ids, labels=labels).nelbo.neg().exp().sum(), torch.tensor(1.0))
 
 
+def test_the_layout_of_a_causal_stream_is_one_of_single_tokens():
+    layout = around("llama").model.lay_out(tokens(1, 4))
+    assert layout.document.tolist() == [[0, 0, 0, 0, PADDING, PADDING]]
+    assert layout.token_index(clean=True).block.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert layout.token_index(clean=False).block.tolist() == [[0, 0, 0, 3, 3, 3]]
+    assert layout.select(torch.tensor([0, 0])).causal
+
+
+@torch.no_grad()
+def test_a_chain_over_whole_sequences_of_a_masked_model():
+    """Its probabilities sum to one, and padding takes no part in them."""
+    model = around("bert", **LATENTS["chain"], block_size=None)
+    real = [token for token in range(VOCABULARY) if token != model.config.mask_token_id]
+    pairs = torch.cartesian_prod(torch.tensor(real), torch.tensor(real))
+    ids = torch.cat([tokens(2).expand(len(pairs), -1), pairs], dim=1)
+    labels = ids.clone()
+    labels[:, [0, 1]] = -100
+    bound = nelbo(model, ids, labels=labels).nelbo
+    torch.testing.assert_close(bound.neg().exp().sum(), torch.tensor(1.0))
+    mask = torch.ones(len(ids), 6, dtype=torch.long)
+    mask[:, [0, 5]] = 0
+    padded_ids, padded_labels = (
+        torch.nn.functional.pad(part, (1, 1), value=v) for part, v in ((ids, 0), (labels, -100))
+    )
+    found = nelbo(model, padded_ids, labels=padded_labels, attention_mask=mask).nelbo
+    torch.testing.assert_close(found, bound, rtol=1e-4, atol=1e-4)
+    assert model.generate(ids.index_fill(1, torch.tensor([1, 3]), model.config.mask_token_id)).shape == ids.shape
+
+
 # --- latents ---------------------------------------------------------------------------------------------------------
 
 
@@ -468,6 +500,27 @@ def test_saved_and_loaded_it_is_the_same(family, tmp_path):
     assert torch.equal(*tokens_of)
 
 
+class OwnConfig(LlamaConfig):
+    model_type = "own-diffusion"
+
+
+class OwnModel(LlamaForCausalLM):
+    """As the code of a diffusion model on the Hub may be: that of a causal model, trained without its causality."""
+
+    config_class = OwnConfig
+
+
+def test_a_model_by_code_of_ones_own_is_saved_and_loaded(tmp_path):
+    AutoConfig.register(OwnConfig.model_type, OwnConfig, exist_ok=True)
+    AutoModelForMaskedLM.register(OwnConfig, OwnModel, exist_ok=True)
+    settings = {"block_size": 2, "mask_token_id": 4, "token_shift": True, "latent_type": "chain", "latent_size": 3}
+    model = randomise(VMDForMaskedDiffusion.from_masked_lm(OwnModel(OwnConfig(**GROUPED)), **settings)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    assert type(loaded.model.masked_lm) is OwnModel
+    assert torch.equal(nelbo(loaded, tokens(2, 6)).nelbo, nelbo(model, tokens(2, 6)).nelbo)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_mask_token_is_one_more_and_the_mean_of_all_others(tied):
     causal = causal_lm(tie_word_embeddings=tied)
@@ -570,20 +623,12 @@ def test_blocks_need_a_model_that_gives_its_keys_to_a_cache(config):
     [
         ({"backbone_type": "causal_lm", "block_size": 2}, "backbone_type='causal_lm' needs a backbone_config"),
         ({"backbone_config": LlamaConfig(**GROUPED), "backbone_type": "causal_lm"}, "needs .* block_size"),
-        ({"backbone_config": BertConfig(**SIZES), "token_shift": True}, "need backbone_type='causal_lm', got True"),
-        ({"causal_loss_weight": 0.5}, "need backbone_type='causal_lm', got False, 0.5"),
+        ({"backbone_config": BertConfig(**SIZES), "token_shift": True}, "token_shift needs .* BertConfig and None"),
+        ({"block_size": 2, "token_shift": True}, "token_shift needs a backbone_config and block_size, got NoneType"),
+        ({"causal_loss_weight": 0.5}, "causal_loss_weight needs backbone_type='causal_lm', got 0.5"),
         ({"causal_loss_weight": -0.5}, "causal_loss_weight must be finite and not negative"),
     ],
 )
 def test_settings_that_contradict_one_another_are_errors(settings, message):
     with pytest.raises(ValueError, match=message):
         VMDConfig(**settings)
-
-
-def test_padding_takes_no_part():
-    """Nothing of the grid's own padding is seen by what is real: the layout says so, and the states of both agree."""
-    model = around("llama")
-    layout = model.model.lay_out(tokens(1, 4))
-    assert layout.causal and layout.document.tolist() == [[0, 0, 0, 0, PADDING, PADDING]]
-    assert layout.token_index(clean=True).block.tolist() == [[0, 1, 2, 3, 4, 5]]
-    assert layout.token_index(clean=False).block.tolist() == [[0, 0, 0, 3, 3, 3]]

@@ -18,10 +18,13 @@ a block the clean one at the end of the block before. The first token of a docum
 predicted from its own mask's state, for which the causal model was not trained: begin documents with a token that is
 context (a BOS token with the label -100).
 
-A model of the Hub whose code is beside it (LLaDA, Dream, SDAR) can be a backbone if its class is known to
-`AutoModelForMaskedLM` or `AutoModelForCausalLM` by `trust_remote_code=True` and takes the arguments above: load it and
-give the object. LLaDA and SDAR predict a mask from its own hidden state (`token_shift=False`), Dream from the one
-before.
+A diffusion model whose code is on the Hub (LLaDA, Dream, SDAR) goes where a masked language model goes: load it with
+`trust_remote_code=True` and give the object to `from_masked_lm`, with its mask token. Its `base_model` must take
+`inputs_embeds`, the two arguments above and the cache by transformers' names, and its head must make logits of
+`last_hidden_state`; where remote code has other names, a subclass that translates them will do (this is tested with a
+class of our own, not with theirs). LLaDA and SDAR predict a mask from its own hidden state, Dream from the one before
+(`token_shift=True`). To load what was saved, the class must be known: `AutoConfig.register(...)` and
+`AutoModelForMaskedLM.register(...)`.
 """
 
 import copy
@@ -51,8 +54,7 @@ from .latents_vmd import VMDConditioner
 from .layers_vmd import VMDZeroLinear
 
 AUTO_CLASSES = {"masked_lm": AutoModelForMaskedLM, "causal_lm": AutoModelForCausalLM}
-# What models call the argument for their cache: `past_key_values` before transformers 5.24.
-CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+CACHE_NAMES = "cache", "past_key_values"  # of models' arguments; the second one before transformers 5.24
 MASK_TOKEN = "[MASK]"
 
 
@@ -105,6 +107,7 @@ class VMDBackbone(VMDDenoiser):
                 module._is_hf_initialized = True  # its weights are kept
         setattr(self, config.backbone_type, language_model)
         self.position_offset = first_position(language_model)
+        self.cache_name = name_of_cache(language_model)
         self.conditioner = VMDConditioner(config) if config.gaussian_size else None
         size = config.conditioning_size + 1, config.hidden_size
         self.modulation = VMDZeroLinear(*size, bias=False) if config.gaussian_size else None
@@ -183,7 +186,7 @@ class VMDBackbone(VMDDenoiser):
             attention_mask=block_attention_mask(self.language_model.config, query, key, inputs_embeds.dtype),
             position_ids=position_ids + self.position_offset,
             use_cache=not recomputed,
-            **({} if recomputed else {CACHE: Cache(layers=layers)}),
+            **({} if recomputed else {self.cache_name: Cache(layers=layers)}),
             **kwargs,
         )
         if any(layer.new is None for layer in layers):
@@ -213,6 +216,15 @@ class VMDBackbone(VMDDenoiser):
         head._modules = {**head._modules, head.base_model_prefix: PassThrough()}
         logits = head(inputs_embeds=hidden_states.flatten(0, -2)[None], return_dict=True).logits
         return logits.view(*hidden_states.shape[:-1], -1)
+
+
+def name_of_cache(model: PreTrainedModel) -> str:
+    """Of the argument by which a model's encoder takes one. (Some hand it on to their layers without a look.)"""
+    for function in (model.base_model.forward, LlamaModel.forward):
+        parameters = inspect.signature(function).parameters
+        for name in CACHE_NAMES:
+            if name in parameters:
+                return name
 
 
 def first_position(model: PreTrainedModel) -> int:
@@ -304,6 +316,7 @@ def backbone_settings(model: PreTrainedModel, backbone_type: str, with_blocks: b
         "num_attention_heads": backbone.num_attention_heads,
         "max_position_embeddings": min(longest),
         "pad_token_id": backbone.pad_token_id,
+        "tie_word_embeddings": backbone.tie_word_embeddings,
         "position_embedding_type": "rotary",  # of the latent encoder
     }
     return settings | ({"eos_token_id": backbone.eos_token_id} if backbone_type == "causal_lm" else {})

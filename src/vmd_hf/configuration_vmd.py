@@ -129,7 +129,7 @@ class VMDConfig(PreTrainedConfig):
         backbone_type: Whether that is a masked or a causal language model, `"masked_lm"` or `"causal_lm"`. The clean
             tokens of a causal one attend to nothing on their right, in their own block either.
         token_shift: Whether the hidden state before a token predicts it, as in a causal language model, or the one at
-            its own place. Backbones of causal language models only.
+            its own place. Backbones in blocks only.
         causal_loss_weight: In training mode this times the next-token cross-entropy of the clean tokens is added to
             the loss, and to nothing that is reported: it keeps the causal language model that a backbone is.
         tie_word_embeddings: Whether the output projection is the token embedding.
@@ -304,10 +304,15 @@ class VMDConfig(PreTrainedConfig):
                 "backbone_type='causal_lm' needs a backbone_config and block_size, the tokens of a block, got "
                 f"{type(self.backbone_config).__name__} and {self.block_size}"
             )
-        if (self.token_shift or self.causal_loss_weight) and not causal:
+        if self.token_shift and (self.backbone_config is None or self.block_size is None):
             raise ValueError(
-                "token_shift and causal_loss_weight need backbone_type='causal_lm', got "
-                f"{self.token_shift}, {self.causal_loss_weight} and {self.backbone_type!r}"
+                "token_shift needs a backbone_config and block_size, got "
+                f"{type(self.backbone_config).__name__} and {self.block_size}"
+            )
+        if self.causal_loss_weight and not causal:
+            raise ValueError(
+                "causal_loss_weight needs backbone_type='causal_lm', got "
+                f"{self.causal_loss_weight} and {self.backbone_type!r}"
             )
         from transformers.activations import ACT2FN  # which needs torch
 
