@@ -181,12 +181,13 @@ class VMDBackbone(VMDDenoiser):
         num_layers = self.language_model.config.get_text_config().num_hidden_layers
         of_layers = [None] * num_layers if context.keys_values is None else context.keys_values
         layers = [] if recomputed else [ContextLayer(pair) for pair in of_layers]
+        kwargs["use_cache"] = not recomputed
+        if not recomputed:
+            kwargs[self.cache_name] = Cache(layers=layers)
         outputs = self.language_model.base_model(
             inputs_embeds=inputs_embeds,
             attention_mask=block_attention_mask(self.language_model.config, query, key, inputs_embeds.dtype),
             position_ids=position_ids + self.position_offset,
-            use_cache=not recomputed,
-            **({} if recomputed else {self.cache_name: Cache(layers=layers)}),
             **kwargs,
         )
         if any(layer.new is None for layer in layers):
