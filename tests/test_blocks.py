@@ -23,7 +23,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from vmd_hf import VMDForMaskedDiffusion, nelbo
+from vmd_hf import VMDForMaskedDiffusion, blocks_vmd, nelbo
 from vmd_hf.blocks_vmd import (
     EMPTY,
     PADDING,
@@ -161,6 +161,19 @@ def test_the_dense_masks_are_the_loop_over_queries_and_keys(seed):
         assert eager.shape == (2, 1, 7, 9)
         assert torch.equal(eager == 0, expected[:, None])
         assert (eager[~expected[:, None]] == torch.finfo(dtype).min).all()
+
+
+@pytest.mark.parametrize("documents", [1, 3])
+def test_the_mask_of_flex_attention_knows_all_rows_of_a_batch(documents, monkeypatch):
+    """Of three, which may share one index: then it is asked for rows that this one has not."""
+    monkeypatch.setattr(blocks_vmd, "create_block_mask", lambda mask_mod, *args, **kwargs: mask_mod)
+    config = tiny_config(block_size=2)
+    config._attn_implementation = "flex_attention"
+    query, key = random_places(documents, 7, 0), random_places(documents, 9, 100)
+    mask_mod = block_attention_mask(config, query, key, torch.float32)
+    rows, queries, keys = (torch.arange(size) for size in (3, 7, 9))
+    found = mask_mod(rows[:, None, None], 0, queries[None, :, None], keys)
+    assert torch.equal(found.expand(3, -1, -1), allowed_by(query, key).expand(3, -1, -1))
 
 
 def test_places_that_all_rows_share_are_joined_with_those_of_each_row():

@@ -75,7 +75,8 @@ def block_attention_mask(config, query: TokenIndex, key: TokenIndex, dtype: torc
         query, key = (part.map(lambda value: value.expand(batch, -1).contiguous()) for part in (query, key))
 
         def mask_mod(b, h, q, k):
-            return may_attend(query.map(lambda value: value[b, q]), key.map(lambda value: value[b, k]))
+            row = b if batch > 1 else 0  # which may be of a larger batch, whose rows agree
+            return may_attend(query.map(lambda value: value[row, q]), key.map(lambda value: value[row, k]))
 
         lengths = query.block.shape[-1], key.block.shape[-1]
         return create_block_mask(mask_mod, batch, None, *lengths, device=str(query.block.device), _compile=True)
