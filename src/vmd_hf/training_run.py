@@ -203,7 +203,9 @@ def build_adapted_model(args: ModelArguments) -> "PeftModel":
         model = VMDForMaskedDiffusion.from_pretrained(base, **settings)
         return PeftModel.from_pretrained(model, name, is_trainable=True)
     model = VMDForMaskedDiffusion.from_pretrained(name, **settings)
-    modules = LATENT_PATH if args.lora_latent else None
+    modules = LATENT_PATH if args.lora_latent else []
+    if model.config.num_states:  # a head of its own, most of which is tables: it is trained wholly
+        modules = [*modules, "chain"]
     return get_peft_model(model, LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, modules_to_save=modules))
 
 
