@@ -5,6 +5,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from .data.receptors import receptor_tokenizer
 from .data.sudoku import sudoku_tokenizer
 from .data.synthetic import synthetic_tokenizer
 from .data.text import character_tokenizer
@@ -12,7 +13,7 @@ from .hub import check_model, load_tokenizer
 
 
 def task_tokenizer(
-    task: Literal["synthetic", "text", "sudoku"], model: str | os.PathLike | None = None
+    task: Literal["synthetic", "text", "sudoku", "receptors"], model: str | os.PathLike | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a task: for a model that is given (a folder or an id on the Hub) the one beside it.
 
@@ -23,7 +24,12 @@ def task_tokenizer(
         check_model(model)
     if task == "text" and model is not None:
         return load_tokenizer(model)
-    own = {"synthetic": synthetic_tokenizer, "sudoku": sudoku_tokenizer, "text": character_tokenizer}[task]()
+    own = {
+        "synthetic": synthetic_tokenizer,
+        "sudoku": sudoku_tokenizer,
+        "text": character_tokenizer,
+        "receptors": receptor_tokenizer,
+    }[task]()
     if model is None:
         return own
     tokenizer = load_tokenizer(model)

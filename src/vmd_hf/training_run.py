@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .configuration_vmd import VMDConfig
+from .data.receptors import SPLIT_SEEDS, receptor_dataset, receptor_sequences
 from .data.sudoku import SudokuCollator, generate_puzzles, puzzle_dataset, random_boards, sudoku_position_groups
 from .data.synthetic import synthetic_dataset
 from .data.text import evenly_spaced, has_text8_alphabet, text_datasets
@@ -70,6 +71,10 @@ def build_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple
     """Training rows, and validation rows (a synthetic target is known: it needs none)."""
     if args.task == "synthetic":
         return synthetic_dataset(args.setting, args.num_train_rows, seed=0, correlation=args.correlation), None
+    if args.task == "receptors":
+        numbers = {"train": args.num_train_rows, "validation": args.num_eval_rows}
+        rows = [receptor_dataset(receptor_sequences(count, SPLIT_SEEDS[split])) for split, count in numbers.items()]
+        return rows[0], rows[1]
     if args.task == "sudoku":
         count = args.num_train_rows + args.num_eval_rows
         if args.max_clues:
