@@ -46,6 +46,7 @@ ROWS: Rows = {
         }
     ],
     "chain": [{**FEW_STEPS, "latent_type": "chain", "latent_size": 64, "conditioning_size": 64, "max_steps": 1500}],
+    "causal": [{**FEW_STEPS, "causal_head_size": 128, "max_steps": 1500}],
 }
 
 

@@ -23,7 +23,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vmd_hf.data.text import text_datasets
+from vmd_hf.data.text import load_documents, text_datasets
 from vmd_hf.evaluation.comparison import Rows, claim, results_in, train_row, training_lines
 from vmd_hf.evaluation.sampling import draw_samples
 from vmd_hf.evaluation.tables import print_table, write_json
@@ -61,6 +61,7 @@ WITH_LATENT = settings_of(
     "learning_rate",
 ) | {"max_steps": 1400}
 WITH_LATENT_OF_8 = WITH_LATENT | {"objective_steps": [1, 1, 1, 2, 4, 8], "kl_warmup_ratio": 0.5, "max_steps": 1300}
+CAUSAL = {"causal_head_size": 128}  # the rival of the chain (see causal_vmd.py)
 CHAIN = settings_of("sotu_chain.yaml", "latent_type", "latent_size", "conditioning_size")
 # The first stage of all but the autoregressive model, in which the learning rate does not fall yet.
 FIRST_STAGE = {"lr_scheduler_type": "constant_with_warmup"}
@@ -83,10 +84,13 @@ ROWS: Rows = {
     "vmd-8": [BLOCKS_OF_8, WITH_LATENT_OF_8],
     "chain-4": [BLOCKS_OF_4, {**PER_STEP, **CHAIN, "max_steps": 1350}],
     "chain-8": [BLOCKS_OF_8, {**PER_STEP_OF_8, **CHAIN, "max_steps": 1300}],
+    "causal-4": [BLOCKS_OF_4, {**PER_STEP, **CAUSAL, "max_steps": 1600}],
+    "causal-8": [BLOCKS_OF_8, {**PER_STEP_OF_8, **CAUSAL, "max_steps": 1550}],
     "block-4-usual": [BLOCKS_OF_4 | ONE_OF_4, {**PER_STEP, **ONE_OF_4, "max_steps": 1900}],
     "block-8-usual": [BLOCKS_OF_8 | ONE_OF_8, {**PER_STEP_OF_8, **ONE_OF_8, "max_steps": 1850}],
     "block-16": [BLOCKS_OF_16, {**PER_STEP_OF_16, "max_steps": 1850}],
     "chain-16": [BLOCKS_OF_16, {**PER_STEP_OF_16, **CHAIN, "max_steps": 1250}],
+    "causal-16": [BLOCKS_OF_16, {**PER_STEP_OF_16, **CAUSAL, "max_steps": 1550}],
     "block-16-usual": [BLOCKS_OF_16 | ONE_OF_16, {**PER_STEP_OF_16, **ONE_OF_16, "max_steps": 1850}],
 }
 
@@ -128,8 +132,9 @@ def evaluate_row(
     model.eval()
     length = data_args.sequence_length
     width = model.config.block_size or length
-    rows = text_datasets(data_args.source, tokenizer, length, text_column=data_args.text_column)[split]
-    batches = batches_of(rows, num_eval_rows, model.device)
+    documents = {split: load_documents(data_args.source, text_column=data_args.text_column)[split]}
+    rows = text_datasets(documents, tokenizer, length)[split]
+    batches = batches_of(rows, num_eval_rows, model)
     num_steps = sorted({number for number in (1, 2, 4, 8, 32) if number < width} | {width})
     few, many = ([number for number in num_steps if (number > 8) == is_many] for is_many in (False, True))
     bounds = evaluate_bounds(model, batches, few, num_draws=[1, 16])

@@ -22,7 +22,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from ..extras import import_extra
-from .text import character_tokenizer, token_dataset
+from .characters import character_tokenizer
+from .text import token_dataset
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 ROW_LENGTH = 28

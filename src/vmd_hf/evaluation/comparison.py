@@ -83,7 +83,7 @@ def train_stage(arguments: tuple[ModelArguments, DataArguments, TrainingArgument
         seconds = record.get("train_runtime", seconds)
     updates = trainer.state.global_step
     per_update = seconds / max(updates - first, 1)
-    shape = training_args.per_device_train_batch_size, len(trainer.train_dataset[0]["input_ids"])
+    shape = training_args.per_device_train_batch_size, trainer.model.config.max_position_embeddings
     peak = matmul_peak(trainer.model.device, dtype=torch.bfloat16 if training_args.bf16 else torch.float32)
     result = {
         "updates": updates,
