@@ -476,18 +476,20 @@ def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_aga
     compare_text.main([*arguments, "--rows", *rows])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     steps = [sorted({bound["num_steps"] for bound in result["bounds"]}) for result in results]
-    assert steps == [[1], [1, 2, 4, 8, 16], [1, 2, 4], [1, 2, 4, 8]]
+    assert steps == [[1], [1, 2, 4, 8, 16], [1, 2, 4], [1, 2, 4, 8], [1, 2, 4]]
     lines = compare_text.lines_of(results)
     passes = {line["row"]: line["NFE a character"] for line in lines}
-    assert passes == {"autoregressive": 1, "mdm": 1, "block-4": 1, "vmd-8": 1}
+    assert passes == {"autoregressive": 1, "mdm": 1, "block-4": 1, "vmd-8": 1, "causal-4": 1}
     passes = {line["steps a block"]: line["NFE a character"] for line in lines if line["row"] == "vmd-8"}
     assert passes == {1: 2 / 8, 2: 3 / 8, 4: 4 / 8, 8: 1}  # one more for the prior, where steps have a latent
     draws = [(line["steps a block"], line["importance samples"]) for line in lines if line["row"] == "vmd-8"]
     assert draws == [(1, 1), (1, 16), (2, 1), (2, 16), (4, 1), (8, 1)]  # once, where steps have none
     assert set(results[2]["samples"]) == {"1", "2", "4"} and all(results[2]["samples"].values())
-    assert imread(tmp_path / "out" / "frontier.png").shape[1] == 880
+    assert imread(tmp_path / "out" / "frontier.png").shape[1] == 1540
+    assert all(line["ms a character"] > 0 for line in lines)
 
-    assert [len(result["training"]) for result in results] == [1, 2, 2, 2]
+    assert [len(result["training"]) for result in results] == [1, 2, 2, 2, 2]
+    assert results[4]["training"][0] == results[2]["training"][0]
     training = results[3]["training"][1]
     assert training["updates"] == 2
     assert training["tokens_per_second"] == pytest.approx(2 * 16 * 16 / training["seconds"])
@@ -495,7 +497,7 @@ def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_aga
 
     compare_text.main([*arguments, "--rows", "autoregressive", "block-8"])
     again = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [*again[:3], again[4]] == results and again[3]["row"] == "block-8"
+    assert [*again[:3], *again[4:]] == results and again[3]["row"] == "block-8"
     assert again[3]["training"][0] == results[3]["training"][0]  # the stage that both begin with, trained once
     assert not (tmp_path / "out" / "vmd-8-0" / "stage-0").exists()
 

@@ -7,10 +7,10 @@ All models have the same size (a VMD also has its latent path), the same data in
 training time: the numbers of updates were chosen for that, and the time that a row took is reported. Each stage reads
 the rows from the start. The bounds are those of `vmd_hf.corpus_bound` (`per_step`) on the test split, for samplers of
 1, 2, 4 and 8 steps a block, of 32 for whole rows, and of one token a step. Prints a table, writes `results.json`, and
-draws bits a character over function evaluations (NFE) a character, of all rows in the output folder. A row or a stage
-that is there already is not trained again, and one that was interrupted goes on from its last checkpoint; so a folder
-is of one recipe and of the same arguments. All other arguments are those of train_vmd.py, and change every row. Models
-are trained and evaluated on the accelerator if there is one; `--device cpu` leaves it alone.
+draws bits a character over function evaluations (NFE) and time a character, of all rows in the output folder. A row or
+a stage that is there already is not trained again, and one that was interrupted goes on from its last checkpoint; so a
+folder is of one recipe and of the same arguments. All other arguments are those of train_vmd.py, and change every row.
+Models are trained and evaluated on the accelerator if there is one; `--device cpu` leaves it alone.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vmd_hf.data.text import load_documents, text_datasets
 from vmd_hf.evaluation.comparison import Rows, claim, results_in, train_row, training_lines
 from vmd_hf.evaluation.sampling import draw_samples
+from vmd_hf.evaluation.speed import sampling_seconds
 from vmd_hf.evaluation.tables import print_table, write_json
 from vmd_hf.evaluation.text import batches_of, evaluate_bounds, evaluate_objective, largest_step
 from vmd_hf.hub import default_device, load_model, load_tokenizer
@@ -149,6 +150,7 @@ def evaluate_row(
         "latent_min_tokens": model.config.latent_min_tokens if model.config.prior == "learned" else None,
         "objective": evaluate_objective(model, batches),
         "bounds": bounds,
+        "seconds": {str(number): sampling_seconds(model, length, number) for number in num_steps},
         "samples": samples,
     }
 
@@ -162,6 +164,7 @@ def lines_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "bound": bound["bound"],
             "steps a block": bound["num_steps"],
             "NFE a character": nfe_per_character(result, bound),
+            "ms a character": milliseconds_per_character(result, bound),
             "importance samples": bound["num_draws"],
             "bits a character": bound["bits_per_token"],
             "low": bound["low"],
@@ -180,23 +183,32 @@ def nfe_per_character(result: dict[str, Any], bound: dict[str, Any]) -> float:
     return (num_steps + (fewest is not None and largest_step(width, num_steps) >= fewest)) / width
 
 
+def milliseconds_per_character(result: dict[str, Any], bound: dict[str, Any]) -> float:
+    """Of sampling 16 texts at once."""
+    return 1000 * result["seconds"][str(bound["num_steps"])]
+
+
 def draw_frontier(results: list[dict[str, Any]], path: Path) -> None:
-    """Bits a character over NFE a character, a line for each row and seed (the lowest of its bounds)."""
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    colours = {row: f"C{number}" for number, row in enumerate(ROWS)}
-    labelled = set()
-    for result in results:
-        lowest: dict[float, tuple[float, float]] = {}
-        for bound in sorted(result["bounds"], key=lambda bound: -bound["bits_per_token"]):
-            error = bound["high"] - bound["bits_per_token"]
-            lowest[nfe_per_character(result, bound)] = (bound["bits_per_token"], error)
-        evaluations = sorted(lowest)
-        bits, errors = zip(*(lowest[x] for x in evaluations), strict=True)
-        label = None if result["row"] in labelled else result["row"]
-        labelled.add(result["row"])
-        axis.errorbar(evaluations, bits, errors, marker="o", capsize=3, color=colours[result["row"]], label=label)
-    axis.set(xscale="log", xlabel="NFE a character", ylabel="bits a character (upper bound, 95 % interval)")
-    axis.legend()
+    """Bits a character over NFE, and over milliseconds, a character, a line for each row and seed (the lowest of its
+    bounds)."""
+    figure, axes = plt.subplots(1, 2, figsize=(14, 5), layout="constrained", sharey=True)
+    colours = {row: plt.get_cmap("tab20")(number % 20) for number, row in enumerate(ROWS)}
+    for axis, cost in zip(axes, (nfe_per_character, milliseconds_per_character), strict=True):
+        labelled = set()
+        for result in results:
+            lowest: dict[float, tuple[float, float]] = {}
+            for bound in sorted(result["bounds"], key=lambda bound: -bound["bits_per_token"]):
+                error = bound["high"] - bound["bits_per_token"]
+                lowest[cost(result, bound)] = (bound["bits_per_token"], error)
+            costs = sorted(lowest)
+            bits, errors = zip(*(lowest[x] for x in costs), strict=True)
+            label = None if result["row"] in labelled else result["row"]
+            labelled.add(result["row"])
+            axis.errorbar(costs, bits, errors, marker="o", capsize=3, color=colours[result["row"]], label=label)
+        axis.set_xscale("log")
+    axes[0].set(xlabel="NFE a character", ylabel="bits a character (upper bound, 95 % interval)")
+    axes[1].set(xlabel="milliseconds a character, 16 texts at once")
+    axes[1].legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
