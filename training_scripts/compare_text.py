@@ -85,13 +85,13 @@ ROWS: Rows = {
     "vmd-8": [BLOCKS_OF_8, WITH_LATENT_OF_8],
     "chain-4": [BLOCKS_OF_4, {**PER_STEP, **CHAIN, "max_steps": 1350}],
     "chain-8": [BLOCKS_OF_8, {**PER_STEP_OF_8, **CHAIN, "max_steps": 1300}],
-    "causal-4": [BLOCKS_OF_4, {**PER_STEP, **CAUSAL, "max_steps": 1600}],
+    "causal-4": [BLOCKS_OF_4, {**PER_STEP, **CAUSAL, "max_steps": 1750}],
     "causal-8": [BLOCKS_OF_8, {**PER_STEP_OF_8, **CAUSAL, "max_steps": 1550}],
     "block-4-usual": [BLOCKS_OF_4 | ONE_OF_4, {**PER_STEP, **ONE_OF_4, "max_steps": 1900}],
     "block-8-usual": [BLOCKS_OF_8 | ONE_OF_8, {**PER_STEP_OF_8, **ONE_OF_8, "max_steps": 1850}],
     "block-16": [BLOCKS_OF_16, {**PER_STEP_OF_16, "max_steps": 1850}],
-    "chain-16": [BLOCKS_OF_16, {**PER_STEP_OF_16, **CHAIN, "max_steps": 1250}],
-    "causal-16": [BLOCKS_OF_16, {**PER_STEP_OF_16, **CAUSAL, "max_steps": 1550}],
+    "chain-16": [BLOCKS_OF_16, {**PER_STEP_OF_16, **CHAIN, "max_steps": 1200}],
+    "causal-16": [BLOCKS_OF_16, {**PER_STEP_OF_16, **CAUSAL, "max_steps": 1400}],
     "block-16-usual": [BLOCKS_OF_16 | ONE_OF_16, {**PER_STEP_OF_16, **ONE_OF_16, "max_steps": 1850}],
 }
 

@@ -7,8 +7,8 @@ Tokens that are revealed in the same step, i_1 < ... < i_m, are predicted one af
 from the hidden states h of one pass of the denoiser, changed by what a recurrent network has read of the tokens
 before (O = 0 at the start):
 
-    s_j = LSTM(s_(j-1), [x_0^{i_j}, h_{i_j}])
-    h'_{i_1} = h_{i_1},    h'_{i_j} = h_{i_j} + O gelu(S s_(j-1) + H h_{i_j})
+    s_j = LSTM(s_(j-1), [norm(embedding of x_0^{i_j}), h_{i_j}])
+    h'_{i_1} = h_{i_1},    h'_{i_j} = h_{i_j} + O gelu(S norm(s_(j-1)) + H h_{i_j})
 
 The likelihood of a step is an exact product, and one that reveals a single token is the model's own without this
 network. Unlike the chain's (`chain_vmd.py`), parts of it do not follow from the whole (a token that is not revealed is
@@ -26,15 +26,22 @@ from .layers_vmd import VMDZeroLinear
 Memory = tuple[torch.Tensor, torch.Tensor]
 
 
+class VMDUnitLinear(nn.Linear):
+    """A linear layer that keeps unit scale at the start (see `VMDPreTrainedModel._init_weights`)."""
+
+
 class VMDCausalHead(nn.Module):
     """Hidden states of tokens that are revealed together, given those to their left."""
 
     def __init__(self, config: VMDConfig):
         super().__init__()
         size, hidden_size = config.causal_head_size, config.hidden_size
+        # Embeddings and states are small at the start beside hidden states: without norms little is learned at first.
+        self.token_norm = nn.LayerNorm(hidden_size, eps=config.norm_eps, bias=False)
         self.rnn = nn.LSTM(2 * hidden_size, size, batch_first=True)
-        self.state_proj = nn.Linear(size, hidden_size)  # S
-        self.hidden_proj = nn.Linear(hidden_size, hidden_size, bias=False)  # H
+        self.state_norm = nn.LayerNorm(size, eps=config.norm_eps, bias=False)
+        self.state_proj = VMDUnitLinear(size, hidden_size)  # S
+        self.hidden_proj = VMDUnitLinear(hidden_size, hidden_size, bias=False)  # H
         self.out_proj = VMDZeroLinear(hidden_size, hidden_size, bias=False)  # O
 
     def forward(self, hidden_states: torch.Tensor, embeddings: torch.Tensor, revealed: torch.Tensor) -> torch.Tensor:
@@ -67,9 +74,11 @@ class VMDCausalHead(nn.Module):
         Returns:
             (groups, m, hidden), and the memory.
         """
+        embeddings = self.token_norm(embeddings)
         states, memory = self.rnn(torch.cat([embeddings, before.to(embeddings.dtype)], dim=-1), memory)
         after = after.to(states.dtype)
-        return after + self.out_proj(nn.functional.gelu(self.state_proj(states) + self.hidden_proj(after))), memory
+        features = self.state_proj(self.state_norm(states)) + self.hidden_proj(after)
+        return after + self.out_proj(nn.functional.gelu(features)), memory
 
 
-__all__ = ["VMDCausalHead"]
+__all__ = ["VMDCausalHead", "VMDUnitLinear"]
