@@ -81,22 +81,14 @@ def bound_lines(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     with the 95 % interval. What one step gives has no order."""
     lines = []
     for result in results:
-        of_one_step = {bound["num_draws"]: bound for bound in result["bounds"] if bound["order"] is None}
-        for order in ("random", "left_to_right"):
-            for draws in of_one_step:
-                found = {
-                    bound["num_steps"]: bound
-                    for bound in result["bounds"]
-                    if bound["order"] == order and bound["num_draws"] == draws
-                }
-                if not found:
-                    continue
-                found[1] = of_one_step[draws]
-                line = {"row": result["row"], "seed": result["seed"], "order": order, "draws": draws}
-                for steps in NUM_STEPS:
-                    bound = found[steps]
-                    line[f"T = {steps}"] = f"{bound['above']:.2f} [{bound['low']:.2f}, {bound['high']:.2f}]"
-                lines.append(line)
+        found = {(bound["num_steps"], bound["order"], bound["num_draws"]): bound for bound in result["bounds"]}
+        for order, draws in sorted({(order, draws) for _, order, draws in found if order}, reverse=True):
+            line = {"row": result["row"], "seed": result["seed"], "order": order, "draws": draws}
+            for steps in NUM_STEPS:
+                key = (steps, order if steps > 1 else None)
+                bound = found.get((*key, draws)) or found[(*key, 1)]  # where no latent is drawn
+                line[f"T = {steps}"] = f"{bound['above']:.2f} [{bound['low']:.2f}, {bound['high']:.2f}]"
+            lines.append(line)
     return lines
 
 

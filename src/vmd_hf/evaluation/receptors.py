@@ -12,6 +12,7 @@ from ..data.receptors import ROW_LENGTH, log2_probabilities, receptor_dataset, s
 from ..likelihood import confidence_interval, corpus_bound
 from .sampling import draw_samples
 from .tables import Row
+from .text import largest_step
 
 Truth = Callable[[Sequence[str | None]], np.ndarray]  # to log2 p of each sequence, as `log2_probabilities`
 
@@ -48,8 +49,9 @@ def evaluate_receptor_bounds(
     batches = [{"input_ids": batch} for batch in rows.split(250)]
     for steps in num_steps:
         has_order, has_latent = steps > 1, model.config.gaussian_size > 0
+        draws_latent = has_latent and largest_step(ROW_LENGTH, steps) >= model.config.latent_min_tokens
         for order in ["random", "left_to_right"] if has_order and not has_latent else ["random"]:
-            for draws in [1, num_draws] if has_latent else [1]:
+            for draws in [1, num_draws] if draws_latent else [1]:
                 start = time.perf_counter()
                 bound = corpus_bound(
                     model,
