@@ -45,7 +45,7 @@ class VMDDenoiser(VMDPreTrainedModel):
             layout.causal = self.config.backbone_type == "causal_lm"
             return layout
         layout = lay_out_rows(input_ids, attention_mask, position_ids)
-        if layout.document is not None and self.config.gaussian_size:
+        if layout.document is not None and (self.config.gaussian_size or self.config.causal_head_size):
             require(
                 layout.document.amax() == 0,
                 "position_ids must not restart within a row where block_size is None and there is a latent, which "

@@ -17,6 +17,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from .causal_vmd import VMDUnitLinear
 from .chain_vmd import VMDChain
 from .configuration_vmd import REMOVED_FIELDS, VMDConfig
 from .latents_vmd import VMDLatentEncoder, VMDPosteriorLinear
@@ -152,6 +153,8 @@ class VMDPreTrainedModel(PreTrainedModel):
             init.normal_(module.kernels, std=0.05)
             init.normal_(module.state_vectors, std=1.0)
             init.normal_(module.token_vectors, std=0.1 * module.token_vectors.shape[1] ** -0.5)
+        elif isinstance(module, VMDUnitLinear):
+            init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, VMDLatentEncoder):
             init.zeros_(module.kl_warmup_progress)
 
