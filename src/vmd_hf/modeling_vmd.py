@@ -22,7 +22,7 @@ from .denoiser_vmd import VMDDenoiser, VMDModelOutput, gather_hidden_states
 from .generation_vmd import VMDGenerationConfig, VMDGenerationMixin
 from .latents_vmd import VMDConditioner, VMDLatentEncoder, VMDLatentPrior, VMDPositionInputs
 from .layers_vmd import VMDLayer
-from .objective_vmd import causal_loss, chain_loss, corrupt, read_clean, variational_loss
+from .objective_vmd import chain_loss, corrupt, next_token_loss, read_clean, variational_loss
 from .saving_vmd import VMDPreTrainedModel
 
 
@@ -377,7 +377,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         else:
             loss = variational_loss(self, batch, corruption, noise, num_items_in_batch, **kwargs)
         if batch.clean_states is not None:
-            loss.loss = loss.loss + self.config.causal_loss_weight * causal_loss(self, batch, num_items_in_batch)
+            loss.loss = loss.loss + self.config.causal_loss_weight * next_token_loss(self, batch, num_items_in_batch)
         return VMDMaskedDiffusionOutput(
             loss=loss.loss,
             reconstruction_loss=loss.reconstruction_loss,

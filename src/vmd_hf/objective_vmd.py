@@ -307,7 +307,7 @@ def chain_loss(
     return Loss(loss, loss.detach(), loss.new_zeros(()), None, None, outputs, batch.layout)
 
 
-def causal_loss(model, batch: CleanBatch, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+def next_token_loss(model, batch: CleanBatch, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
     """Next-token cross-entropy of the labelled clean tokens that have one before them, over the number of labelled
     tokens, in nats: the loss of the causal language model that a backbone is. Its clean tokens see nothing on their
     right, or it would be no such loss."""
@@ -396,7 +396,6 @@ def variational_loss(
 __all__ = [
     "CleanBatch",
     "block_cross_entropy",
-    "causal_loss",
     "chain_cross_entropy",
     "chain_loss",
     "corrupt",
@@ -404,6 +403,7 @@ __all__ = [
     "denoise",
     "last_before_blocks",
     "marginal_logits",
+    "next_token_loss",
     "posterior",
     "read_clean",
     "variational_loss",
