@@ -1,5 +1,7 @@
 """Block diffusion around language models that somebody else trained, causal and masked ones."""
 
+from pathlib import Path
+
 import peft
 import pytest
 import torch
@@ -21,6 +23,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     ModernBertConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -31,7 +34,10 @@ from transformers import (
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion, nelbo
 from vmd_hf.blocks_vmd import PADDING
 from vmd_hf.data.synthetic import synthetic_tokenizer
+from vmd_hf.data.text import bpe_tokenizer
 from vmd_hf.hub import check_tokenizer, export_model, load_tokenizer
+from vmd_hf.recipes import parse
+from vmd_hf.training_run import train
 
 VOCABULARY, EOS, MASK = 20, 3, 20  # the mask token is one more
 SIZES = {
@@ -468,6 +474,32 @@ def test_blocks_may_grow(kind, tmp_path):
     torch.testing.assert_close(nelbo(larger, ids).nelbo, nelbo(model, ids).nelbo)
     assert larger.train()(ids, labels=ids).loss.isfinite()
     assert larger.generate(ids[:, :3], max_new_tokens=5).shape == (2, 8)
+
+
+def test_a_recipe_makes_a_causal_model_one_of_blocks_that_grow(tmp_path):
+    """By the command line, from the model's own folder; its tokenizer has neither mask nor pad token."""
+    words = "to be or not to be that is the question whether it is nobler in the mind to suffer".split()
+    (tmp_path / "texts").mkdir()
+    for index in range(20):
+        (tmp_path / "texts" / f"{index}.txt").write_text(" ".join((words * 8)[index : index + 60]))
+    tokenizer = bpe_tokenizer([" ".join(words)] * 4, 280).backend_tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[EOS]")
+    assert tokenizer.mask_token is None and tokenizer.pad_token is None
+    tokenizer.save_pretrained(tmp_path / "original")
+    size = len(tokenizer)
+    causal_lm(vocab_size=size, max_position_embeddings=32, eos_token_id=None).save_pretrained(tmp_path / "original")
+    recipe = str(Path(__file__).parents[1] / "training_scripts" / "recipes" / "causal.yaml")
+    common = [recipe, f"--source={tmp_path / 'texts'}", "--sequence_length=24", "--max_steps=2", "--use_cpu=true"]
+    common += ["--per_device_train_batch_size=2", "--latent_size=3", "--conditioning_size=8", "--eval_strategy=no"]
+    common += ["--save_strategy=no", "--report_to=none"]
+    for block_size, start in ((2, "original"), (8, "2")):
+        output = tmp_path / str(block_size)
+        folders = [f"--model_name_or_path={tmp_path / start}", f"--output_dir={output}"]
+        model = train(*parse([*common, *folders, f"--block_size={block_size}"])).model
+        assert (model.config.block_size, model.config.num_states) == (block_size, 3)
+        assert model.config.token_shift and model.config.causal_loss_weight == 0.3
+        assert model.model.causal_lm.config.model_type == "llama"
+        check_tokenizer(load_tokenizer(output), VMDForMaskedDiffusion.from_pretrained(output).config)
 
 
 def test_low_rank_adapters_find_their_targets_and_merge():

@@ -323,4 +323,4 @@ def backbone_settings(model: PreTrainedModel, backbone_type: str, with_blocks: b
     return settings | ({"eos_token_id": backbone.eos_token_id} if backbone_type == "causal_lm" else {})
 
 
-__all__ = ["VMDBackbone", "add_mask_token", "backbone_settings", "load_language_model"]
+__all__ = ["MASK_TOKEN", "VMDBackbone", "add_mask_token", "backbone_settings", "load_language_model"]

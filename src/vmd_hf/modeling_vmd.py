@@ -288,6 +288,8 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
     def _around(cls, model: PreTrainedModel, backbone_type: str, **fields) -> "VMDForMaskedDiffusion":
         settings = backbone_settings(model, backbone_type, fields.get("block_size") is not None)
         vmd = cls(VMDConfig(**settings | fields), model)
+        if fields.get("attn_implementation") is not None:
+            model.set_attn_implementation(fields["attn_implementation"])
         for part in (*vmd.children(), *vmd.model.children()):
             if not isinstance(part, PreTrainedModel):
                 part.to(device=model.device, dtype=model.dtype)

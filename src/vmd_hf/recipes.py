@@ -22,8 +22,6 @@ _NO_ARGUMENTS = {
     "pad_token_id",
     "eos_token_id",
     "backbone_config",
-    "backbone_type",
-    "token_shift",
 }
 # The models of the recipes are small, and so is that of a recipe that gives no sizes.
 _DEFAULTS = {
@@ -66,7 +64,11 @@ class ModelArguments(ConfigArguments):
     """The fields of `VMDConfig`, where a model starts from, and what follows from the length of training."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Start from this model, whose sizes and tokenizer stay."}
+        default=None,
+        metadata={
+            "help": "Start from this model, whose sizes and tokenizer stay; or from a language model of transformers, "
+            "masked or causal (see backbone_type)."
+        },
     )
     lora_r: int | None = field(default=None, metadata={"help": "Train an adapter of this rank on that model."})
     lora_alpha: int = 16
