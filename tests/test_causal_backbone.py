@@ -275,17 +275,16 @@ def test_generation_with_a_cache_is_generation_without(kind, latent):
 @torch.no_grad()
 def test_one_step_of_generation_takes_the_most_probable_tokens_of_forward(kind):
     model = around(**KINDS[kind])
-    ids = tokens(2, 8)
-    gaps = ids.clone()
-    gaps[0, 4:6] = gaps[1, 1] = gaps[1, 7] = model.config.mask_token_id
-    output, expected = model.generate(gaps, num_steps=1), gaps
+    gaps, mask_id = tokens(2, 8), model.config.mask_token_id
+    gaps[0, 4:6] = gaps[1, 1] = gaps[1, 7] = mask_id
+    output = model.generate(gaps, num_steps=1, output_confidences=True, return_dict_in_generate=True)
+    expected, confidences = gaps.clone(), torch.ones(2, 8)
     for block in range(3):  # each of them given those before
-        columns = slice(3 * block, 3 * block + 3)
-        best = model(expected).logits.argmax(-1)
-        expected = expected.clone()
-        open_columns = expected[:, columns] == model.config.mask_token_id
-        expected[:, columns] = torch.where(open_columns, best[:, columns], expected[:, columns])
-    assert torch.equal(output, expected)
+        best = model(expected).logits.softmax(-1).max(-1)
+        is_open = (expected == mask_id) & (torch.arange(8) // 3 == block)
+        expected[is_open], confidences[is_open] = best.indices[is_open], best.values[is_open]
+    assert torch.equal(output.sequences, expected)
+    torch.testing.assert_close(output.confidences, confidences, rtol=1e-4, atol=1e-5)
 
 
 def test_guidance_of_scale_one_changes_nothing_and_of_two_something():
