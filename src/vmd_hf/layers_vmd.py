@@ -7,6 +7,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from .blocks_vmd import AttentionChunks
 from .configuration_vmd import VMDConfig
 
 
@@ -73,23 +74,36 @@ class VMDAttention(nn.Module):
         query, own_key, own_value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head_dim)
         if position_embeddings is not None:
             query, own_key = apply_rotary_pos_emb(query, own_key, *position_embeddings)
-        key, value = own_key, own_value
+        keys, values = [own_key], [own_value]
         if context_key is not None:
-            key, value = torch.cat([context_key, key], dim=2), torch.cat([context_value, value], dim=2)
-        if self.group_bias is not None:
-            attention_mask = self.group_bias(same_group, attention_mask).to(query.dtype)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+            keys, values = [context_key, own_key], [context_value, own_value]
+        if isinstance(attention_mask, AttentionChunks):
+            output, weights = self.attend_in_chunks(query, keys, values, attention_mask, **kwargs), None
+        else:
+            if self.group_bias is not None:
+                attention_mask = self.group_bias(same_group, attention_mask).to(query.dtype)
+            output, weights = self.attend(query, concatenate(keys), concatenate(values), attention_mask, **kwargs)
         return self.o_proj(output.reshape(*shape, -1)), weights, own_key, own_value
+
+    def attend(self, query, key, value, attention_mask, **kwargs):
+        """(batch, length, heads, head_dim), and the weights or `None`."""
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return attention(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+
+    def attend_in_chunks(self, query, keys: list, values: list, chunks: AttentionChunks, **kwargs):
+        # The gradient of a piece is as large as the piece, that of a slice as large as what it is taken from.
+        keys, values = ([piece for part in parts for piece in chunks.split(part, 2)] for parts in (keys, values))
+        outputs = []
+        for piece, seen, mask in zip(chunks.split(query, 2), chunks.keys, chunks.masks, strict=True):
+            key, value = (concatenate([parts[index] for index in seen]) for parts in (keys, values))
+            outputs.append(self.attend(piece, key, value, mask, **kwargs)[0])
+        return torch.cat(outputs, dim=1)
+
+
+def concatenate(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Keys or values (batch, heads, tokens, head_dim) of all these tokens."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 class VMDMLP(nn.Module):

@@ -12,7 +12,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbones_vmd import VMDBackbone, backbone_settings, load_masked_lm
-from .blocks_vmd import CleanContext, Layout, block_attention_mask, join_token_indices
+from .blocks_vmd import AttentionChunks, CleanContext, Layout, block_attention_mask, join_token_indices
 from .chain_vmd import VMDChain
 from .checks_vmd import OWN_LOSS, check_shape
 from .configuration_vmd import VMDConfig
@@ -146,8 +146,9 @@ class VMDModel(VMDDenoiser):
             query = layout.token_index(clean)
             query = query if context.new is None else join_token_indices([context.new, query])
             key = query if context.read is None else join_token_indices([context.read, query])
+            chunks = AttentionChunks.plan(self.config, layout, clean, query, key, hidden_states.dtype)
             attention = {
-                "attention_mask": block_attention_mask(self.config, query, key, hidden_states.dtype),
+                "attention_mask": chunks or block_attention_mask(self.config, query, key, hidden_states.dtype),
                 "position_embeddings": self.rotary_angles(hidden_states, position_ids),
             }
         if conditioning is not None and self.position_inputs is not None:
