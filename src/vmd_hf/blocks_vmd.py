@@ -305,6 +305,9 @@ class CleanContext:
         read: TokenIndex of these.
         input_ids: (batch, new) int64, whole blocks of clean tokens still to be read, or `None`.
         position_ids, new: Their positions (batch, new) and places.
+        room: For each layer the tensors whose first columns `keys_values` are, where a pass may write its own behind.
+        sees_all: Whether every token of the blocks may attend to all that was read, and to all of the blocks.
+        attention: Arguments of attention, of the first pass with this context for the next ones over the same blocks.
     """
 
     keys_values: list[tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -312,6 +315,9 @@ class CleanContext:
     input_ids: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     new: TokenIndex | None = None
+    room: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+    sees_all: bool = False
+    attention: dict | None = None
 
     def select(self, rows: torch.Tensor) -> "CleanContext":
         """What was read, for a batch that is made of these rows (int64, any number of times each)."""
@@ -321,4 +327,4 @@ class CleanContext:
         )
 
     def without_new(self) -> "CleanContext":
-        return CleanContext(keys_values=self.keys_values, read=self.read)
+        return CleanContext(keys_values=self.keys_values, read=self.read, room=self.room)
