@@ -45,7 +45,7 @@ ROWS: Rows = {
             "max_steps": 2650,
         }
     ],
-    "chain": [{**FEW_STEPS, "latent_type": "chain", "latent_size": 64, "conditioning_size": 64, "max_steps": 1500}],
+    "chain": [{**FEW_STEPS, "latent_type": "chain", "latent_size": 64, "conditioning_size": 64, "max_steps": 1750}],
     "causal": [{**FEW_STEPS, "causal_head_size": 128, "max_steps": 2900}],
 }
 

@@ -51,7 +51,7 @@ from .blocks_vmd import (
 from .configuration_vmd import VMDConfig
 from .denoiser_vmd import VMDDenoiser, VMDModelOutput
 from .latents_vmd import VMDConditioner
-from .layers_vmd import VMDZeroLinear
+from .layers_vmd import VMDZeroLinear, append
 
 AUTO_CLASSES = {"masked_lm": AutoModelForMaskedLM, "causal_lm": AutoModelForCausalLM}
 CACHE_NAMES = "cache", "past_key_values"  # of models' arguments; the second one before transformers 5.24
@@ -75,18 +75,17 @@ class PassThrough(nn.Module):
 class ContextLayer(DynamicLayer):
     """A layer of a cache that is read and not written: those of this pass are put beside it, in `new`."""
 
-    def __init__(self, keys_values: tuple[torch.Tensor, torch.Tensor] | None):
+    def __init__(self, context: CleanContext, index: int):
         super().__init__()
         self.new = None
-        if keys_values is not None:
-            self.keys, self.values = keys_values
+        self.room = (None, None) if context.room is None else context.room[index]
+        if context.keys_values is not None:
+            self.keys, self.values = context.keys_values[index]
             self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
         self.new = key_states, value_states
-        if not self.is_initialized:
-            return self.new
-        return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
+        return tuple(map(append, (self.keys, self.values), self.new, self.room))
 
 
 class VMDBackbone(VMDDenoiser):
@@ -163,14 +162,9 @@ class VMDBackbone(VMDDenoiser):
         self, input_ids, layout: Layout, conditioning, context: CleanContext | None, clean: bool, **kwargs
     ) -> VMDModelOutput:
         context = context or CleanContext()
-        position_ids, num_new = layout.position_ids, 0
-        query = layout.token_index(clean)
-        if context.input_ids is not None:
-            num_new = context.input_ids.shape[1]
+        num_new = 0 if context.input_ids is None else context.input_ids.shape[1]
+        if num_new:
             input_ids = torch.cat([context.input_ids, input_ids], dim=1)
-            position_ids = torch.cat([context.position_ids, position_ids], dim=1)
-            query = join_token_indices([context.new, query])
-        key = query if context.read is None else join_token_indices([context.read, query])
         inputs_embeds = self.get_input_embeddings()(input_ids)
         if conditioning is not None:  # clean tokens have the null latent
             inputs = self.modulation(conditioning).repeat_interleave(layout.width, dim=1)
@@ -179,17 +173,13 @@ class VMDBackbone(VMDDenoiser):
         # Layers that are checkpointed get no cache from transformers: then clean tokens are read in every pass.
         recomputed = self.training and torch.is_grad_enabled() and self.is_gradient_checkpointing
         num_layers = self.language_model.config.get_text_config().num_hidden_layers
-        of_layers = [None] * num_layers if context.keys_values is None else context.keys_values
-        layers = [] if recomputed else [ContextLayer(pair) for pair in of_layers]
-        kwargs["use_cache"] = not recomputed
+        layers = [] if recomputed else [ContextLayer(context, index) for index in range(num_layers)]
+        if context.attention is None:
+            context.attention = self.grid_attention(inputs_embeds, layout, context, clean)
+        arguments = kwargs | context.attention | {"use_cache": not recomputed}
         if not recomputed:
-            kwargs[self.cache_name] = Cache(layers=layers)
-        outputs = self.language_model.base_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=block_attention_mask(self.language_model.config, query, key, inputs_embeds.dtype),
-            position_ids=position_ids + self.position_offset,
-            **kwargs,
-        )
+            arguments[self.cache_name] = Cache(layers=layers)
+        outputs = self.language_model.base_model(inputs_embeds=inputs_embeds, **arguments)
         if any(layer.new is None for layer in layers):
             raise ValueError(
                 "block_size must be None with a backbone unless all of its layers give keys and values to a cache of "
@@ -198,7 +188,7 @@ class VMDBackbone(VMDDenoiser):
         num_clean = input_ids.shape[1] if clean else num_new
         hidden_states, before = outputs.last_hidden_state, context.before
         if self.config.token_shift and before is None and num_clean:
-            places = query if clean else context.new
+            places = layout.token_index(clean=True) if clean else context.new
             before = states_before_blocks(hidden_states[:, :num_clean], places, layout)
         hidden_states = hidden_states[:, num_new:]
         if self.config.token_shift and not clean:
@@ -210,6 +200,16 @@ class VMDBackbone(VMDDenoiser):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def grid_attention(self, inputs_embeds, layout: Layout, context: CleanContext, clean: bool) -> dict:
+        """Which token of a pass attends to which, and where they stand, as the language model's arguments."""
+        position_ids, query = layout.position_ids, layout.token_index(clean)
+        if context.new is not None:
+            position_ids = torch.cat([context.position_ids, position_ids], dim=1)
+            query = join_token_indices([context.new, query])
+        key = query if context.read is None else join_token_indices([context.read, query])
+        mask = block_attention_mask(self.language_model.config, query, key, inputs_embeds.dtype)
+        return {"attention_mask": mask, "position_ids": position_ids + self.position_offset}
 
     def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., hidden_size) to (..., vocab_size): the whole language model but for its encoder."""

@@ -121,6 +121,26 @@ class Column:
         return torch.where(begun, following, self.start)
 
 
+class VMDChainTables(nn.Module):
+    """The weights of the chain that belong to no layer, in float32. They are what a call returns, so that accelerate
+    brings them where the model is offloaded."""
+
+    def __init__(self, config: VMDConfig):
+        super().__init__()
+        num_states, rank = config.latent_size, config.conditioning_size
+        self.start = nn.Parameter(torch.empty(num_states))  # E_0
+        self.table = nn.Parameter(torch.empty(num_states, num_states))  # E
+        self.kernels = nn.Parameter(torch.empty(NUM_KERNELS, num_states, num_states))  # W
+        self.state_vectors = nn.Parameter(torch.empty(num_states, rank))  # U
+        self.token_vectors = nn.Parameter(torch.empty(config.vocab_size, rank))  # V
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """E_0, E and W (1 + NUM_KERNELS, K, K), U (of mean 0 over the states: with one state, zero), V."""
+        kernels = torch.cat([self.table[None], self.kernels]).float()
+        vectors = self.state_vectors.float()
+        return self.start.float(), kernels, vectors - vectors.mean(0), self.token_vectors.float()
+
+
 class VMDChain(nn.Module):
     """States, transitions and emissions of the chain, from hidden states and logits."""
 
@@ -128,31 +148,21 @@ class VMDChain(nn.Module):
         super().__init__()
         self.num_states = config.latent_size
         self.num_candidates = config.candidate_tokens
-        rank = config.conditioning_size
         self.state_proj = nn.Linear(config.hidden_size, self.num_states)  # q
         self.kernel_proj = nn.Linear(config.hidden_size, NUM_KERNELS)  # g
-        self.tilt_proj = nn.Linear(config.hidden_size, rank)  # e
-        self.start = nn.Parameter(torch.empty(self.num_states))  # E_0
-        self.table = nn.Parameter(torch.empty(self.num_states, self.num_states))  # E
-        self.kernels = nn.Parameter(torch.empty(NUM_KERNELS, self.num_states, self.num_states))  # W
-        self.state_vectors = nn.Parameter(torch.empty(self.num_states, rank))  # U
-        self.token_vectors = nn.Parameter(torch.empty(config.vocab_size, rank))  # V
+        self.tilt_proj = nn.Linear(config.hidden_size, config.conditioning_size)  # e
+        self.tables = VMDChainTables(config)
 
     def transitions(self, hidden_states: torch.Tensor, restarts: torch.Tensor | None = None) -> Transitions:
         """Of hidden states (groups, n, hidden)."""
         scores = self._project(self.state_proj, hidden_states)
-        start = (scores + self.start.float()).softmax(-1)
+        start, kernels, *_ = self.tables()
+        start = (scores + start).softmax(-1)
         weights = nn.functional.pad(self._project(self.kernel_proj, hidden_states), (1, 0), value=1.0)
-        kernels = torch.cat([self.table[None], self.kernels]).float()
         return Transitions(start, scores, weights, kernels, restarts)
 
     def _project(self, layer: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
         return layer(hidden_states.to(input_dtype(layer))).float()
-
-    def centred_states(self) -> torch.Tensor:
-        """U, (K, rank), of mean 0 over the states: with one state, zero."""
-        vectors = self.state_vectors.float()
-        return vectors - vectors.mean(0)
 
     def emission_log_probs(
         self, hidden_states: torch.Tensor, logits: torch.Tensor, tokens: torch.Tensor
@@ -196,7 +206,7 @@ class VMDChain(nn.Module):
         (positions,) K is 1, that state."""
         logits = logits.float()
         gate = 1 + self._project(self.tilt_proj, hidden_states)  # (positions, rank)
-        vectors, tokens = self.centred_states(), self.token_vectors.float()
+        *_, vectors, tokens = self.tables()
         if logits.shape[-1] <= self.num_candidates:
             if states is None:
                 pairs = (vectors[:, None] * tokens).flatten(0, 1)  # (K * vocabulary, rank)

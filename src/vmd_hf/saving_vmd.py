@@ -18,7 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .causal_vmd import VMDUnitLinear
-from .chain_vmd import VMDChain
+from .chain_vmd import VMDChainTables
 from .configuration_vmd import REMOVED_FIELDS, VMDConfig
 from .latents_vmd import VMDLatentEncoder, VMDPosteriorLinear
 from .layers_vmd import VMDAttention, VMDGroupBias, VMDLayer, VMDZeroLinear
@@ -144,7 +144,7 @@ class VMDPreTrainedModel(PreTrainedModel):
             heads, groupings = module.weight.shape
             favourite = torch.arange(heads)[:, None] % (groupings + 1) == torch.arange(groupings)
             init.copy_(module.weight, 4.0 * favourite)  # e^4 times the weight of what is in no common group
-        elif isinstance(module, VMDChain):
+        elif isinstance(module, VMDChainTables):
             # Emissions differ little between states: training starts near the model without a chain. What breaks the
             # symmetry soon is that states depend much on one another (with a deviation of 0.5 little is learned for
             # hundreds of updates), and large state vectors.
