@@ -5,6 +5,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from helpers import normal, padded, randomise, seeded, uniform, unpadded
 from safetensors import safe_open
 from torch.nn.functional import cross_entropy
@@ -287,6 +288,22 @@ def test_one_step_of_generation_takes_the_most_probable_tokens_of_forward(kind):
     torch.testing.assert_close(output.confidences, confidences, rtol=1e-4, atol=1e-5)
 
 
+@each_kind
+def test_likelihoods_of_a_batch_are_those_of_its_rows(kind):
+    model = around(**KINDS[kind], **LATENTS["chain"])
+    rows = [tokens(8, seed=1), tokens(5, seed=2)]
+    ids, mask = padded([row.tolist() for row in rows], "left")
+    for order in ("left_to_right", "entropy"):
+        settings = {"num_steps": 3, "order": order}
+        together = nelbo(model, ids, attention_mask=mask, batch_size=1, **settings).nelbo
+        alone = torch.cat([nelbo(model, row[None], **settings).nelbo for row in rows])
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    generator = [seeded(0), seeded(1)]
+    together = nelbo(model, ids, attention_mask=mask, num_steps=3, generator=generator).nelbo
+    alone = [nelbo(model, row[None], num_steps=3, generator=[seeded(i)]).nelbo for i, row in enumerate(rows)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
 def test_guidance_of_scale_one_changes_nothing_and_of_two_something():
     model = around("llama")
     settings = {"max_new_tokens": 6, "num_steps": 1, "eos_token_id": None}
@@ -550,6 +567,19 @@ def test_a_model_by_code_of_ones_own_is_saved_and_loaded(tmp_path):
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
     assert type(loaded.model.masked_lm) is OwnModel
     assert torch.equal(nelbo(loaded, tokens(2, 6)).nelbo, nelbo(model, tokens(2, 6)).nelbo)
+
+
+@torch.no_grad()
+def test_a_language_model_whose_weights_are_kept_elsewhere():
+    settings = {"block_size": 2, "latent_size": 3, "mask_token_id": 4}
+    causal = causal_lm()
+    model = randomise(VMDForMaskedDiffusion.from_causal_lm(causal, **settings))
+    expected = nelbo(model, tokens(2, 6)).nelbo
+    state = model.chain.state_dict()
+    offloaded = VMDForMaskedDiffusion.from_causal_lm(cpu_offload(causal, execution_device="cpu"), **settings)
+    assert causal.lm_head.weight.device.type == "meta"
+    offloaded.chain.load_state_dict(state)
+    torch.testing.assert_close(nelbo(offloaded, tokens(2, 6)).nelbo, expected)
 
 
 @pytest.mark.parametrize("tied", [False, True])

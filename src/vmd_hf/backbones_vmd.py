@@ -215,7 +215,8 @@ class VMDBackbone(VMDDenoiser):
         """(..., hidden_size) to (..., vocab_size): the whole language model but for its encoder."""
         head = copy.copy(self.language_model)
         head._modules = {**head._modules, head.base_model_prefix: PassThrough()}
-        logits = head(inputs_embeds=hidden_states.flatten(0, -2)[None], return_dict=True).logits
+        # Not by a call: where accelerate keeps weights elsewhere, that would be one of the whole model.
+        logits = type(head).forward(head, inputs_embeds=hidden_states.flatten(0, -2)[None], return_dict=True).logits
         return logits.view(*hidden_states.shape[:-1], -1)
 
 

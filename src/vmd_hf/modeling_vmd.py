@@ -19,7 +19,7 @@ from .chain_vmd import VMDChain
 from .checks_vmd import OWN_LOSS, check_shape
 from .configuration_vmd import VMDConfig
 from .denoiser_vmd import VMDDenoiser, VMDModelOutput, gather_hidden_states
-from .generation_vmd import VMDGenerationConfig, VMDGenerationMixin
+from .generation_vmd import VMDGenerationConfig, VMDGenerationMixin, execution_device
 from .latents_vmd import VMDConditioner, VMDLatentEncoder, VMDLatentPrior, VMDPositionInputs
 from .layers_vmd import VMDLayer
 from .objective_vmd import chain_loss, corrupt, next_token_loss, read_clean, variational_loss
@@ -297,9 +297,10 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         vmd = cls(VMDConfig(**settings | fields), model)
         if fields.get("attn_implementation") is not None:
             model.set_attn_implementation(fields["attn_implementation"])
+        device = execution_device(model, torch.empty(0))
         for part in (*vmd.children(), *vmd.model.children()):
             if not isinstance(part, PreTrainedModel):
-                part.to(device=model.device, dtype=model.dtype)
+                part.to(device=device, dtype=model.dtype)
         return vmd.train(model.training)
 
     def get_output_embeddings(self):
