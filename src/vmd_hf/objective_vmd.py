@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from .blocks_vmd import CleanContext, Layout, states_before_blocks
+from .blocks_vmd import CleanContext, Layout
 from .chain_vmd import chain_log_probs, state_marginals
 from .checks_vmd import check_keywords, check_labels, check_noise, check_shape
 from .latents_vmd import draw_latents, gaussian_kl, standardised
@@ -121,8 +121,9 @@ def last_before_blocks(hidden_states: torch.Tensor, layout: Layout) -> torch.Ten
 
     (batch, N * width, hidden) to (batch, N, hidden).
     """
-    states, exists = states_before_blocks(hidden_states, layout.token_index(clean=True), layout)
-    return states * exists[..., None]
+    last, document = layout.blocks(hidden_states)[:, :, -1], layout.blocks(layout.document)
+    follows = (document[:, 1:, 0] == document[:, :-1, -1]) & (document[:, 1:, 0] >= 0)
+    return F.pad(last[:, :-1] * follows[..., None], (0, 0, 1, 0))
 
 
 def corrupt(
