@@ -19,6 +19,9 @@ CODE = {path.name for path in Path(vmd_hf.__file__).parent.glob("*_vmd.py")}
 WEIGHTS = {"config.json", "generation_config.json", "model.safetensors"}
 
 
+GROUPS = [[0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 2, 3, 0, 1, 2, 3]]
+
+
 def small_model(tokenizer=None, **changes):
     """A model with large random weights, so that wrongly loaded ones show."""
     tokenizer = tokenizer or synthetic_tokenizer()
@@ -85,7 +88,9 @@ def read_config(folder):
         {"latent_size": 0},
         {"tie_word_embeddings": False},
         {"position_embedding_type": "learned"},
-        {"position_embedding_type": "none", "position_groups": [[0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 2, 3, 0, 1, 2, 3]]},
+        {"position_embedding_type": "none", "position_groups": GROUPS},
+        {"position_embedding_type": "rotary", "position_groups": GROUPS, "position_group_bias": True},
+        {"block_size": 3, "prior": "learned", "objective": "per_sample"},
     ],
 )
 def test_a_saved_folder_loads_through_the_auto_classes(tmp_path, changes):

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from helpers import MASK, PAD, pad_row, seeded, tiny_model
+from helpers import MASK, PAD, seeded, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmd_hf import nelbo
-from vmd_hf.blocks_vmd import lay_out_blocks, row_positions
+from vmd_hf.blocks_vmd import row_positions
 from vmd_hf.noise_vmd import (
     corrupt_at_time,
     corrupt_before_step,
@@ -186,56 +186,6 @@ def test_seeded_noise_belongs_to_the_seed(seeds, num_blocks):
 # ---------------------------------------------------------------------------------------------------------------------
 # Blocks
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def assert_laid_out(layout, input_ids, real, positions, documents, block_size):
-    """Every token has a column of its own, at its position's place in a block of its document's own."""
-    grid = layout.scatter(input_ids, -1)
-    assert torch.equal(layout.gather(grid)[real], input_ids[real])
-    on_grid = torch.ones_like(grid, dtype=torch.bool) if layout.real is None else layout.real
-    assert on_grid.sum(-1).tolist() == real.sum(-1).tolist()
-    assert layout.num_blocks * layout.width == grid.shape[1] and layout.width == block_size
-    columns = layout.gather(torch.arange(grid.shape[1]).expand_as(grid))
-    for row in range(len(input_ids)):
-        mine = columns[row][real[row]].tolist()
-        assert mine == sorted(set(mine))
-        at = positions[row][real[row]].tolist()
-        assert [column % block_size for column in mine] == [position % block_size for position in at]
-        assert layout.position_ids[row][mine].tolist() == at
-        of_block = {}
-        for column, document in zip(mine, documents[row][real[row]].tolist(), strict=True):
-            assert of_block.setdefault(column // block_size, document) == document
-        if mine:
-            assert mine[0] == 0
-
-
-@cheap
-@given(padded_rows(), st.integers(1, 5))
-def test_rows_come_back_from_the_grid_of_blocks(batch, block_size):
-    _, input_ids, attention_mask, _ = batch
-    real = attention_mask != 0
-    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    nothing = torch.zeros_like(input_ids)
-    layout = lay_out_blocks(input_ids, attention_mask, None, block_size)
-    assert_laid_out(layout, input_ids, real, positions, nothing, block_size)
-    everywhere = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-    layout = lay_out_blocks(input_ids, None, None, block_size)
-    assert_laid_out(layout, input_ids, torch.ones_like(real), everywhere, nothing, block_size)
-
-
-@cheap
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(0, 3), sides, st.integers(1, 4))
-def test_packed_rows_come_back_from_the_grid_of_blocks(lengths, padding, side, block_size):
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    documents = torch.cat([torch.full((length,), index) for index, length in enumerate(lengths)])
-    width = len(positions) + padding
-    positions, documents, real = (
-        pad_row(part, width, side, 0) for part in (positions, documents, torch.ones_like(positions))
-    )
-    input_ids = torch.arange(width)[None]
-    layout = lay_out_blocks(input_ids, real, positions, block_size)
-    assert_laid_out(layout, input_ids, real != 0, positions, documents, block_size)
-    assert layout.num_blocks == sum(-(-length // block_size) for length in lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload
 from helpers import MASK, padded, seeded, tiny_model, uniform
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -412,23 +411,6 @@ def test_no_step_waits_for_the_device(model, settings, monkeypatch):
     ids = torch.tensor([[1, MASK, 3, 4, 5, MASK, MASK], [MASK, MASK, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6, 7]])
     output = model.generate(ids, return_dict_in_generate=True, **settings)
     assert not (output.sequences == MASK).any()
-
-
-@pytest.mark.parametrize("offload", ["cpu", "disk"])
-@pytest.mark.parametrize("prior", [None, "learned"])
-def test_a_model_whose_weights_accelerate_keeps_elsewhere_generates(model, offload, prior, tmp_path):
-    if prior is not None:
-        if model.config.block_size is None:
-            pytest.skip("a learned prior needs blocks")
-        model = tiny_model(block_size=4, prior=prior)
-    ids = torch.tensor([[1, MASK, 3, 4, 5, MASK, MASK], [MASK] * 7])
-    expected = model.generate(ids, generator=seeded(0), num_steps=2)
-    if offload == "cpu":
-        cpu_offload(model, torch.device("cpu"))
-    else:
-        disk_offload(model, tmp_path, torch.device("cpu"))
-    assert model.device.type == "meta"
-    assert torch.equal(model.generate(ids, generator=seeded(0), num_steps=2), expected)
 
 
 def test_what_a_bert_tokenizer_returns_is_taken(model):
