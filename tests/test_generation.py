@@ -14,7 +14,7 @@ from transformers import (
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion, VMDGenerateOutput, VMDGenerationConfig
 from vmd_hf.canvas_vmd import EndOfText, PrefixStreamer, prepare_canvas
-from vmd_hf.data.text import character_tokenizer
+from vmd_hf.data.characters import character_tokenizer
 from vmd_hf.generation_configuration_vmd import REMASKING_RULES
 
 MASK, PAD = 7, 8

