@@ -59,6 +59,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind, use_reentrant):
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
+def test_the_loss_is_compiled_as_one_graph():
+    """Labels are checked without a break. (That of `nonzero` goes where torch is told to capture its shape.)"""
+    model, input_ids = tiny_model(num_hidden_layers=1).train(), digits(3, 8)
+    torch.manual_seed(0)
+    expected = model(input_ids=input_ids, labels=input_ids).loss
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        torch.manual_seed(0)
+        loss = torch.compile(model, fullgraph=True, backend="eager")(input_ids=input_ids, labels=input_ids).loss
+    torch.testing.assert_close(loss, expected)
+
+
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_hidden_states_keep_their_gradients(with_labels):
     input_ids = digits(2, 8)

@@ -29,7 +29,7 @@ from helpers import (
 )
 from transformers import AutoModel
 
-from vmd_hf import VMDForMaskedDiffusion, VMDModel
+from vmd_hf import VMDConfig, VMDForMaskedDiffusion, VMDModel
 
 shapes = pytest.mark.parametrize("block_size", [None, 3])
 OF_LATENTS = ("kl_per_latent", "posterior_shift")
@@ -669,7 +669,8 @@ def test_a_pad_token_that_ends_texts_has_an_embedding_that_learns(tied):
 
 
 def test_rotary_positions_alone_cannot_tell_masked_tokens_apart():
-    """A known limit: attention over equal values gives the same value everywhere, whatever its weights."""
+    """A known limit, and why they are not the default: attention over equal values gives the same value everywhere,
+    whatever its weights."""
     model, canvas, z = tiny_model(**POSITIONS["rotary"]), torch.full((1, 5), MASK), normal(1, 4)
     logits = model(canvas, latents=z).logits[0, :, :MASK]
     torch.testing.assert_close(logits, logits[:1].expand(5, -1), rtol=1e-5, atol=1e-5)
@@ -677,3 +678,10 @@ def test_rotary_positions_alone_cannot_tell_masked_tokens_apart():
     canvas[0, 0] = 3
     logits = model(canvas, latents=z).logits[0, 1:, :MASK]
     assert (logits - logits[:1]).abs().max() > 1e-2
+
+
+def test_the_default_positions_tell_masked_tokens_apart():
+    assert VMDConfig().position_embedding_type == tiny_config().position_embedding_type
+    logits = tiny_model()(torch.full((1, 5), MASK)).logits[0, :, :MASK]
+    for first, second in itertools.combinations(logits, 2):
+        assert (first - second).abs().max() > 1e-2

@@ -7,7 +7,7 @@ import torch
 from helpers import MASK, padded, seeded, tiny_model, uniform
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vmd_hf import VMDGenerationConfig
+from vmd_hf import VMDGenerationConfig, nelbo
 from vmd_hf.sampling_vmd import (
     Sampler,
     SamplerState,
@@ -414,7 +414,10 @@ def test_no_step_waits_for_the_device(model, settings, monkeypatch):
 
 
 def test_what_a_bert_tokenizer_returns_is_taken(model):
+    """Also by `nelbo`."""
     ids = torch.tensor([[1, MASK, MASK]])
     inputs = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": torch.ones_like(ids)}
     expected = model.generate(ids, generator=seeded(0))
     assert torch.equal(model.generate(**inputs, generator=seeded(0)), expected)
+    bound = nelbo(model, **inputs | {"input_ids": expected}, generator=seeded(0)).nelbo
+    assert torch.equal(bound, nelbo(model, expected, generator=seeded(0)).nelbo)
