@@ -16,9 +16,10 @@ KINDS = {
     "no latent": {"latent_size": 0},
     "blocks without latent": {"block_size": 4, "latent_size": 0},
     "learned prior": {"block_size": 4, "prior": "learned"},
+    "chain": {"block_size": 4, "latent_type": "chain", "latent_size": 3},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-exported_kinds = pytest.mark.parametrize("kind", ["whole", "learned prior"])
+exported_kinds = pytest.mark.parametrize("kind", ["whole", "learned prior", "chain"])
 
 
 def partly_masked():

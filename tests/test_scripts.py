@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import benchmark
+import compare_cdr3
 import compare_text
 import datasets
 import evaluate_vmd
@@ -28,6 +29,7 @@ from vmd_hf.data.characters import character_tokenizer
 from vmd_hf.data.sudoku import format_boards, generate_puzzles, solve_puzzles
 from vmd_hf.data.synthetic import synthetic_tokenizer
 from vmd_hf.data.text import evenly_spaced, load_documents, text_datasets
+from vmd_hf.evaluation import comparison
 from vmd_hf.evaluation.speed import matmul_peak
 from vmd_hf.evaluation.sudoku import fill_boards, puzzles_to_solve, puzzles_with_many_solutions
 from vmd_hf.evaluation.text import batches_of, evaluate_samples
@@ -72,7 +74,7 @@ def test_every_recipe_is_read_and_its_arguments_win_over_defaults_and_lose_to_th
     assert training.seed == 7 != written["seed"]
     if "model_name_or_path" in written:
         return
-    sizes = {"synthetic": 4, "sudoku": 81, "text": data.sequence_length}
+    sizes = {"synthetic": 4, "sudoku": 81, "text": data.sequence_length, "receptors": 28}
     for latent_size in (model.latent_size, 0):  # without one it is the baseline
         model.latent_size = latent_size
         groups = groups_of_positions(model, data, sizes[data.task])
@@ -458,10 +460,10 @@ def test_the_benchmark_compares_models_on_a_device(monkeypatch, capsys):
 
 
 def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare_text, "matmul_peak", lambda *args, **kwargs: 1e12)  # takes long to measure
+    monkeypatch.setattr(comparison, "matmul_peak", lambda *args, **kwargs: 1e12)  # takes long to measure
     for index in range(12):
         (tmp_path / f"{index}.txt").write_text(WORDS * (10 + index))
-    rows = ["autoregressive", "mdm", "block-4", "vmd-8"]
+    rows = ["autoregressive", "mdm", "block-4", "vmd-8", "causal-4"]
     arguments = [
         f"--source={tmp_path}",
         "--sequence_length=16",
@@ -474,18 +476,20 @@ def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_aga
     compare_text.main([*arguments, "--rows", *rows])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     steps = [sorted({bound["num_steps"] for bound in result["bounds"]}) for result in results]
-    assert steps == [[1], [1, 2, 4, 8, 16], [1, 2, 4], [1, 2, 4, 8]]
+    assert steps == [[1], [1, 2, 4, 8, 16], [1, 2, 4], [1, 2, 4, 8], [1, 2, 4]]
     lines = compare_text.lines_of(results)
     passes = {line["row"]: line["NFE a character"] for line in lines}
-    assert passes == {"autoregressive": 1, "mdm": 1, "block-4": 1, "vmd-8": 1}
+    assert passes == {"autoregressive": 1, "mdm": 1, "block-4": 1, "vmd-8": 1, "causal-4": 1}
     passes = {line["steps a block"]: line["NFE a character"] for line in lines if line["row"] == "vmd-8"}
     assert passes == {1: 2 / 8, 2: 3 / 8, 4: 4 / 8, 8: 1}  # one more for the prior, where steps have a latent
     draws = [(line["steps a block"], line["importance samples"]) for line in lines if line["row"] == "vmd-8"]
     assert draws == [(1, 1), (1, 16), (2, 1), (2, 16), (4, 1), (8, 1)]  # once, where steps have none
     assert set(results[2]["samples"]) == {"1", "2", "4"} and all(results[2]["samples"].values())
-    assert imread(tmp_path / "out" / "frontier.png").shape[1] == 880
+    assert imread(tmp_path / "out" / "frontier.png").shape[1] == 1540
+    assert all(line["ms a character"] > 0 for line in lines)
 
-    assert [len(result["training"]) for result in results] == [1, 2, 2, 2]
+    assert [len(result["training"]) for result in results] == [1, 2, 2, 2, 2]
+    assert results[4]["training"][0] == results[2]["training"][0]
     training = results[3]["training"][1]
     assert training["updates"] == 2
     assert training["tokens_per_second"] == pytest.approx(2 * 16 * 16 / training["seconds"])
@@ -493,7 +497,7 @@ def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_aga
 
     compare_text.main([*arguments, "--rows", "autoregressive", "block-8"])
     again = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [*again[:3], again[4]] == results and again[3]["row"] == "block-8"
+    assert [*again[:3], *again[4:]] == results and again[3]["row"] == "block-8"
     assert again[3]["training"][0] == results[3]["training"][0]  # the stage that both begin with, trained once
     assert not (tmp_path / "out" / "vmd-8-0" / "stage-0").exists()
 
@@ -501,7 +505,48 @@ def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_aga
     for name, change in {"num_eval_rows": "--num_eval_rows=3", "arguments": "--learning_rate=1"}.items():
         with pytest.raises(ValueError, match=f"output_dir must hold rows of the same {name}, got .*settings.json"):
             compare_text.main([*arguments, "--rows", "mdm", change])
+    monkeypatch.setitem(compare_text.ROWS, "mdm", compare_text.ROWS["vmd"])
+    with pytest.raises(ValueError, match=r"output_dir must hold rows of the same stages, got .* of mdm"):
+        compare_text.main([*arguments, "--rows", "mdm"])
     assert sorted((tmp_path / "out").rglob("*")) == before
+
+
+def test_models_of_receptors_are_compared_with_the_truth(tmp_path, monkeypatch):
+    pytest.importorskip("olga", reason="needs olga: pip install vmd_hf[olga]")
+    monkeypatch.setattr(comparison, "matmul_peak", lambda *args, **kwargs: 1e12)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    arguments = [
+        "--num_sequences=5",
+        "--max_steps=2",
+        "--num_train_rows=50",
+        "--num_eval_rows=5",
+        "--per_device_train_batch_size=4",
+        f"--output_dir={tmp_path / 'out'}",
+        *SMALL,
+    ]
+    compare_cdr3.main([*arguments, "--rows", "mdm", "gaussian", "chain", "causal"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [result["row"] for result in results] == ["mdm", "gaussian", "chain", "causal"]
+    orders = [(bound["num_steps"], bound["order"]) for bound in results[0]["bounds"]]
+    several = [(steps, order) for steps in (2, 4, 8, 28) for order in ("random", "left_to_right")]
+    assert orders == [(1, None), *several] == [(b["num_steps"], b["order"]) for b in results[2]["bounds"]]
+    assert [sample["num_steps"] for sample in results[1]["samples"]] == [1, 2, 4, 8, 28]
+    for bound in (bound for result in results for bound in result["bounds"]):  # two updates teach nothing
+        assert 20 < bound["truth"] < 60 < bound["bits"] and bound["low"] < bound["above"] < bound["high"]
+    lines = compare_cdr3.bound_lines(results)
+    assert [(line["row"], line["order"], line["draws"]) for line in lines] == [
+        ("mdm", "random", 1),
+        ("mdm", "left_to_right", 1),
+        ("gaussian", "random", 16),
+        ("gaussian", "random", 1),
+        ("chain", "random", 1),
+        ("chain", "left_to_right", 1),
+        ("causal", "random", 1),
+        ("causal", "left_to_right", 1),
+    ]
+    monkeypatch.setattr(comparison, "train", lambda *args: pytest.fail("it trained again"))
+    compare_cdr3.main([*arguments, "--rows", "mdm", "chain"])
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
 
 
 def test_a_model_of_whole_boards_completes_clues_that_leave_many_solutions(tmp_path):

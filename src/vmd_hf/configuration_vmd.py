@@ -90,6 +90,8 @@ class VMDConfig(PreTrainedConfig):
         candidate_tokens: For a chain, the number of tokens, the most probable ones at a position, whose probability
             depends on its state; all others together have a share of it that does. Cost and memory of the emissions
             grow with it, and not with the vocabulary.
+        causal_head_size: Width of a recurrent network that reads the tokens of a step one after another, each of which
+            depends on those before it (see `causal_vmd.py`; what the chain is measured against); 0 for none.
         latent_input: How z enters the denoiser. `"layers"`: by adaLN in every layer. `"layers_and_positions"`: z also
             adds to the input of each position (of a block, or up to `max_position_embeddings`) a vector of its own,
             for `conditioning_size * hidden_size` weights a position (sotu_latent.yaml). `"position_slices"`: z is a
@@ -163,6 +165,7 @@ class VMDConfig(PreTrainedConfig):
     latent_size: int = 64
     conditioning_size: int = 128
     candidate_tokens: int = 128
+    causal_head_size: int = 0
     latent_input: Literal["layers", "layers_and_positions", "position_slices"] = "layers"
     num_latent_encoder_layers: int = 1
     block_size: int | None = None
@@ -276,6 +279,11 @@ class VMDConfig(PreTrainedConfig):
             raise ValueError(
                 "latent_type='chain' needs objective 'vmd' or 'per_step', objective_draws 1 and latent_min_tokens 1, "
                 f"got {self.objective!r}, {self.objective_draws} and {self.latent_min_tokens}"
+            )
+        if self.causal_head_size < 0 or (self.causal_head_size and (self.latent_size or self.objective == "vmd")):
+            raise ValueError(
+                "causal_head_size must be 0, or above with latent_size 0 and objective 'per_step' or 'per_sample', "
+                f"got {self.causal_head_size}, {self.latent_size} and {self.objective!r}"
             )
         if self.latent_size % self.num_latent_slices:
             raise ValueError(

@@ -41,7 +41,7 @@ class VMDDenoiser(VMDPreTrainedModel):
         if self.config.block_size is not None:
             return lay_out_blocks(input_ids, attention_mask, position_ids, self.config.block_size)
         layout = lay_out_rows(input_ids, attention_mask, position_ids)
-        if layout.document is not None and self.config.gaussian_size:
+        if layout.document is not None and (self.config.gaussian_size or self.config.causal_head_size):
             require(
                 layout.document.amax() == 0,
                 "position_ids must not restart within a row where block_size is None and there is a latent, which "

@@ -134,6 +134,7 @@ class VMDGenerationConfig(GenerationConfig):
             resample_latents=values.get("objective") == "per_step"
             and values.get("latent_size", 0) > 0
             and values.get("latent_type") != "chain",  # whose states belong to a step anyway
+            remasking="random" if values.get("causal_head_size") else "top_prob",
             _from_model_config=True,
         )
 

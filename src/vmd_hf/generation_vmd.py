@@ -2,7 +2,7 @@
 its cache, and the loop over blocks and steps. What happens in a step is in sampling_vmd."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .sampling_vmd import (
     RemaskingRule,
     Sampler,
     SamplerState,
+    SamplerStep,
     check_generators,
     draw_for,
     exponential,
@@ -84,6 +85,19 @@ def execution_device(model, input_ids: torch.Tensor) -> torch.device:
     device = getattr(getattr(model.get_input_embeddings(), "_hf_hook", None), "execution_device", None)
     device = model.device if device is None else torch.device(device)
     return input_ids.device if device.type == "meta" else device
+
+
+def check_causal(config: VMDGenerationConfig, rule: RemaskingRule | None, logits_processor) -> None:
+    """What a model with a causal head, which draws tokens where positions are chosen already, can do."""
+    asked = {
+        "remasking": rule or (config.remasking if config.remasking == "top_prob" else None),
+        "output_confidences": config.output_confidences or None,
+        "corrector": config.corrector if config.corrector == "confidence" else None,
+        "logits_processor": logits_processor,
+    }
+    for name, value in asked.items():
+        if value is not None:
+            raise ValueError(f"{name} must not depend on the tokens drawn with a causal head, got {value!r}")
 
 
 class VMDGenerationMixin:
@@ -201,6 +215,8 @@ class VMDGenerationMixin:
         """
         config, rule = self._generation_settings(generation_config, remasking, kwargs)
         self._check_generation_inputs(input_ids, attention_mask, latents, generator, config)
+        if self.causal_head is not None:
+            check_causal(config, rule, logits_processor)
         device = execution_device(self, input_ids)
         input_ids = input_ids.to(device).long()
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device)
@@ -302,6 +318,8 @@ class VMDGenerationMixin:
             if self.chain is not None:
                 logits, marginals, states = self._predict_by_chain(state, index, work, hidden_states, logits)
             step_done = state.sampler(logits, work, step, marginals)
+            if self.causal_head is not None:
+                step_done.tokens = self._draw_in_turn(state, work, hidden_states, step_done)
             if self.chain is not None:
                 before = state.latents[:, index]
                 chosen = torch.where(step_done.revealed, states, before.gather(-1, work.columns))
@@ -392,6 +410,23 @@ class VMDGenerationMixin:
             of_states = of_states.gather(1, columns[..., None].expand(-1, -1, chain.num_states))
             marginals = chain.marginal_log_probs(*flat, of_states.flatten(0, 1)).view_as(logits)
         return chain.token_log_probs(*flat, states.flatten()).view_as(logits), marginals, states
+
+    def _draw_in_turn(
+        self, state: GenerationState, work: SamplerState, hidden_states: torch.Tensor, step: SamplerStep
+    ) -> torch.Tensor:
+        """By a causal head: tokens (batch, k) int64 of which the revealed ones are drawn from left to right, each
+        given those before it; the first of them stays, and waits for the device to say how many there are."""
+        order = step.revealed.long().argsort(dim=-1, descending=True, stable=True)
+        columns = work.columns.gather(-1, order)[..., None].expand(-1, -1, hidden_states.shape[-1])
+        tokens, hidden_states = step.tokens.gather(-1, order), hidden_states.gather(1, columns)
+        num_revealed, memory = step.revealed.sum(-1, keepdim=True), None
+        for place in range(1, int(num_revealed.max())):
+            embeddings = self.get_input_embeddings()(tokens[:, place - 1, None])
+            before, after = hidden_states[:, place - 1, None], hidden_states[:, place, None]
+            changed, memory = self.causal_head.read(embeddings, before, after, memory)
+            logits, of_place = self.compute_logits(changed).float(), replace(work, candidates=num_revealed > place)
+            tokens[:, place, None] = state.sampler.draw_tokens(logits, of_place)
+        return step.tokens.scatter(-1, order, tokens)
 
     def _conditioning(
         self, state: GenerationState, work: SamplerState, step: int, conditioning: torch.Tensor | None

@@ -13,6 +13,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .backbones_vmd import VMDBackbone, backbone_settings, load_masked_lm
 from .blocks_vmd import CleanContext, Layout, block_attention_mask, join_token_indices
+from .causal_vmd import VMDCausalHead
 from .chain_vmd import VMDChain
 from .checks_vmd import OWN_LOSS, check_shape
 from .configuration_vmd import VMDConfig
@@ -196,6 +197,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
         self.model.has_head = True
         self.latent_encoder = VMDLatentEncoder(config) if config.gaussian_size else None
         self.chain = VMDChain(config) if config.num_states else None
+        self.causal_head = VMDCausalHead(config) if config.causal_head_size else None
         self.post_init()
 
     @classmethod

@@ -19,6 +19,8 @@ With a chain (`chain_vmd.py`) there is no KL, and R(M_t) = -log p(x_{M_t} | x_t)
 Every step is trained by it, times the share of M_t that it reveals: the joint of a part of M_t follows from it, and
 scoring the part alone was worse (RESULTS.md).
 
+With a causal head (`causal_vmd.py`), which has no joint probability but that of the tokens it reads, R(A_k) is exact.
+
 The same pieces, corruption aside, make the likelihood bounds (`vmd_hf.nelbo`).
 """
 
@@ -212,6 +214,17 @@ def denoise(model, batch: CleanBatch, masked: torch.Tensor, num_revealed: torch.
     )
 
 
+def given_earlier(model, hidden_states: torch.Tensor, batch: CleanBatch, revealed: torch.Tensor) -> torch.Tensor:
+    """Hidden states (batch, N * width, hidden) of the denoiser; with a causal head those of revealed tokens (batch, N,
+    width) given the ones to their left in the same step."""
+    if model.causal_head is None:
+        return hidden_states
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        embeddings = model.get_input_embeddings()(batch.x_0.flatten(0, 1))
+        blocks = batch.layout.blocks(hidden_states).flatten(0, 1)
+        return model.causal_head(blocks, embeddings, revealed.flatten(0, 1)).view_as(hidden_states)
+
+
 def block_cross_entropy(model, hidden_states: torch.Tensor, x_0: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
     """Sum of -log p(x_0^i | x_t, z) over the scored tokens of each block, (batch, N) float32, in nats.
 
@@ -257,9 +270,10 @@ def normaliser(batch: CleanBatch, num_items_in_batch: torch.Tensor | int | None)
 def cross_entropy_of(
     model, hidden_states: torch.Tensor, batch: CleanBatch, masked: torch.Tensor, revealed: torch.Tensor
 ) -> torch.Tensor:
-    """-log p(revealed tokens | x_t, z), (batch, N) float32, in nats: by a chain, or of independent tokens. Arguments
-    as in [`chain_cross_entropy`]."""
+    """-log p(revealed tokens | x_t, z), (batch, N) float32, in nats: by a chain, by a causal head, or of independent
+    tokens. Arguments as in [`chain_cross_entropy`]."""
     if model.chain is None:
+        hidden_states = given_earlier(model, hidden_states, batch, revealed)
         return block_cross_entropy(model, hidden_states, batch.x_0, revealed)
     return chain_cross_entropy(model, hidden_states, batch, masked, revealed)
 
@@ -313,6 +327,8 @@ def variational_loss(
         prior = (part[:, :, None] for part in batch.prior)
         latents, log_ratio = draw_latents(*per_draw, latent_noise, *prior)  # (batch, N, draws, latent_size)
     sees_revealed = has_latent & (config.objective == "per_step" and config.gaussian_size > 0)
+    if model.causal_head is not None:
+        sees_revealed = num_revealed > 1  # a single token has none before it
     scored, share = scored_tokens(masked, revealed, sees_revealed)
 
     num_draws = config.objective_draws if config.gaussian_size else 1
@@ -332,7 +348,7 @@ def variational_loss(
         losses = block_cross_entropy(model, hidden_states, rows.x_0, scored)
         return losses.view(-1, num_draws, losses.shape[-1]).transpose(1, 2)
 
-    reconstruction = reconstruction_of(outputs.last_hidden_state)
+    reconstruction = reconstruction_of(given_earlier(model, outputs.last_hidden_state, rows, revealed))
     num_items = normaliser(batch, num_items_in_batch)
     weight = corruption.weight * share / num_items
     reconstruction_loss = (weight * reconstruction.mean(-1)).sum()

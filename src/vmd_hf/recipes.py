@@ -81,10 +81,12 @@ class ModelArguments(ConfigArguments):
 class DataArguments:
     """What to train on."""
 
-    task: Literal["synthetic", "text", "sudoku"] = "synthetic"
+    task: Literal["synthetic", "text", "sudoku", "receptors"] = "synthetic"
     setting: str = field(default="d1", metadata={"help": "The synthetic joint distribution."})
     correlation: float | None = field(default=None, metadata={"help": "p of two_token_correlated."})
-    num_train_rows: int = field(default=200_000, metadata={"help": "Synthetic rows, or Sudoku puzzles, to make."})
+    num_train_rows: int = field(
+        default=200_000, metadata={"help": "Synthetic rows, Sudoku puzzles or receptors to make."}
+    )
     min_clues: int = field(default=22, metadata={"help": "Fewest clues of a Sudoku to train on; see max_clues."})
     max_clues: int = field(default=36, metadata={"help": "Most clues; 0: whole boards instead of puzzles."})
     extra_clues: int = field(default=0, metadata={"help": "Further clues, a random number from 0 to this one."})

@@ -17,7 +17,8 @@ from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from .chain_vmd import VMDChain
+from .causal_vmd import VMDUnitLinear
+from .chain_vmd import VMDChainTables
 from .configuration_vmd import REMOVED_FIELDS, VMDConfig
 from .latents_vmd import VMDLatentEncoder, VMDPosteriorLinear
 from .layers_vmd import VMDAttention, VMDGroupBias, VMDLayer, VMDZeroLinear
@@ -142,7 +143,7 @@ class VMDPreTrainedModel(PreTrainedModel):
             heads, groupings = module.weight.shape
             favourite = torch.arange(heads)[:, None] % (groupings + 1) == torch.arange(groupings)
             init.copy_(module.weight, 4.0 * favourite)  # e^4 times the weight of what is in no common group
-        elif isinstance(module, VMDChain):
+        elif isinstance(module, VMDChainTables):
             # Emissions differ little between states: training starts near the model without a chain. What breaks the
             # symmetry soon is that states depend much on one another (with a deviation of 0.5 little is learned for
             # hundreds of updates), and large state vectors.
@@ -151,6 +152,8 @@ class VMDPreTrainedModel(PreTrainedModel):
             init.normal_(module.kernels, std=0.05)
             init.normal_(module.state_vectors, std=1.0)
             init.normal_(module.token_vectors, std=0.1 * module.token_vectors.shape[1] ** -0.5)
+        elif isinstance(module, VMDUnitLinear):
+            init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, VMDLatentEncoder):
             init.zeros_(module.kl_warmup_progress)
 

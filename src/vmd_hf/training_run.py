@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .configuration_vmd import VMDConfig
+from .data.receptors import SPLIT_SEEDS, receptor_dataset, receptor_sequences
 from .data.sudoku import SudokuCollator, generate_puzzles, puzzle_dataset, random_boards, sudoku_position_groups
 from .data.synthetic import synthetic_dataset
 from .data.text import (
@@ -116,6 +117,10 @@ def build_data(
     """
     if args.task == "synthetic":
         return synthetic_dataset(args.setting, args.num_train_rows, seed=0, correlation=args.correlation), None
+    if args.task == "receptors":
+        numbers = {"train": args.num_train_rows, "validation": args.num_eval_rows}
+        rows = [receptor_dataset(receptor_sequences(count, SPLIT_SEEDS[split])) for split, count in numbers.items()]
+        return rows[0], rows[1]
     if args.task == "sudoku":
         count = args.num_train_rows + args.num_eval_rows
         if args.max_clues:
@@ -155,7 +160,7 @@ def build_model(
     position_groups: list[list[int]] | None = None,
 ) -> VMDForMaskedDiffusion:
     """A new model of the task's size, or the given checkpoint, which keeps its shape, but for `num_loops`, and gets a
-    latent if it has none and `latent_size` is given."""
+    latent (or a causal head) if it has none and one is asked for."""
     settings = {name: getattr(args, name) for name in ConfigArguments.__dataclass_fields__}
     latent = {name: settings.pop(name) for name in LATENT_SETTINGS}
     if not args.latent_size:
@@ -166,10 +171,14 @@ def build_model(
     }
     if args.model_name_or_path:
         training |= {name: settings[name] for name in TRAINING_SETTINGS}
-        if not args.latent_size or VMDConfig.from_pretrained(args.model_name_or_path).latent_size:
-            return VMDForMaskedDiffusion.from_pretrained(args.model_name_or_path, **training)
-        model = VMDForMaskedDiffusion.from_pretrained(args.model_name_or_path, **training, **latent)
-        model.generation_config = VMDGenerationConfig.from_model_config(model.config)  # the sampler that it has now
+        given, added = VMDConfig.from_pretrained(args.model_name_or_path), {}
+        if args.latent_size and not given.latent_size:
+            added = latent
+        if args.causal_head_size and not given.causal_head_size:
+            added = {**added, "causal_head_size": args.causal_head_size}
+        model = VMDForMaskedDiffusion.from_pretrained(args.model_name_or_path, **training, **added)
+        if added:  # the sampler that it has now
+            model.generation_config = VMDGenerationConfig.from_model_config(model.config)
         return model
     config = VMDConfig(
         vocab_size=len(tokenizer),
@@ -203,7 +212,9 @@ def build_adapted_model(args: ModelArguments) -> "PeftModel":
         model = VMDForMaskedDiffusion.from_pretrained(base, **settings)
         return PeftModel.from_pretrained(model, name, is_trainable=True)
     model = VMDForMaskedDiffusion.from_pretrained(name, **settings)
-    modules = LATENT_PATH if args.lora_latent else None
+    modules = LATENT_PATH if args.lora_latent else []
+    if model.config.num_states:  # a head of its own, most of which is tables: it is trained wholly
+        modules = [*modules, "chain"]
     return get_peft_model(model, LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, modules_to_save=modules))
 
 
