@@ -280,8 +280,3 @@ def test_with_a_confidence_threshold_all_that_is_masked_may_be_revealed():
     model.model.for_steps = lambda vectors, number: seen.append(number.tolist()) or for_steps(vectors, number)
     model.generate(torch.full((1, 4), MASK), confidence_threshold=0.999)  # one at a time
     assert seen == [[[4]], [[3]], [[2]], [[1]]]
-
-
-def test_latent_min_tokens_is_for_single_steps():
-    with pytest.raises(ValueError, match='latent_min_tokens must be at least 1, and 1 unless objective is "per_step"'):
-        tiny_config(latent_min_tokens=2)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import tiny_config
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig
 
 import vmd_hf
@@ -27,18 +28,14 @@ def small_model(tokenizer=None, **changes):
     tokenizer = tokenizer or synthetic_tokenizer()
     settings = {
         "vocab_size": len(tokenizer),
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": 8,
-        "latent_size": 3,
-        "conditioning_size": 8,
-        "kl_warmup_steps": 10,
         "mask_token_id": tokenizer.mask_token_id,
         "pad_token_id": tokenizer.pad_token_id,
+        "max_position_embeddings": 8,
+        "latent_size": 3,
+        "kl_warmup_steps": 10,
     }
-    model = VMDForMaskedDiffusion(VMDConfig(**(settings | changes))).eval()
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    model = VMDForMaskedDiffusion(tiny_config(**sizes | settings | changes)).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

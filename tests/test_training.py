@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from datasets import Dataset
+from helpers import tiny_config
 from safetensors.torch import load_file
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -16,7 +17,7 @@ from transformers import (
     default_data_collator,
 )
 
-from vmd_hf import VMDConfig, VMDForMaskedDiffusion
+from vmd_hf import VMDForMaskedDiffusion
 from vmd_hf.data.synthetic import synthetic_dataset, synthetic_tokenizer
 from vmd_hf.training import EMACallback, VMDMetricsCallback, metrics
 from vmd_hf.training.learning import unigram_entropy
@@ -28,22 +29,9 @@ HELD_OUT = synthetic_dataset("d1", 10, seed=1)
 
 
 def small_model(**changes):
-    settings = {
-        "vocab_size": len(TOKENIZER),
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "max_position_embeddings": 4,
-        "position_embedding_type": "learned",
-        "latent_size": 4,
-        "conditioning_size": 8,
-        "kl_warmup_steps": 0,
-        "mask_token_id": TOKENIZER.mask_token_id,
-        "pad_token_id": TOKENIZER.pad_token_id,
-    }
     torch.manual_seed(0)
-    return VMDForMaskedDiffusion(VMDConfig(**(settings | changes)))
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 4}
+    return VMDForMaskedDiffusion(tiny_config(**sizes | {"position_embedding_type": "learned"} | changes))
 
 
 def randomised(model, std=0.3):
