@@ -436,6 +436,7 @@ def test_a_batch_without_masks_costs_no_pass(any_model, cache):
             ids, mask, generator=seeded(0), return_dict_in_generate=True, output_history=True, **cache
         )
     assert unpadded(output.sequences, mask) == [[1, 2, 3, 4, 5], [6]]
+    assert output.sequences.data_ptr() != ids.data_ptr()
     assert output.num_forward_passes.tolist() == [0, 0] and output.history == () and record.passes == []
 
 
@@ -767,6 +768,7 @@ def test_a_batch_is_streamed_together(any_model):
     output = any_model.generate(ids, generator=seeded(1), streamer=collector)
     assert torch.equal(torch.cat(collector.puts, dim=-1), output)
     assert collector.puts[0].tolist() == [[1], [4]]  # the second column is open in the second row
+    assert all(put.shape[1] for put in collector.puts)
     assert collector.columns_before == [final_columns(state) for state in [ids, *collector.drafts][:-1]]
 
 
