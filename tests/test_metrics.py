@@ -80,6 +80,18 @@ def test_the_bound_of_a_metric_is_that_of_nelbo_wrapped_by_peft_or_not():
     assert again["bits_per_character"] == pytest.approx(result["bits_per_character"], rel=1e-6)
 
 
+def test_the_order_of_a_metric_is_that_of_nelbo():
+    model, tokenizer = digit_model(latent_type="chain")
+    metric, output = (
+        metrics.load("likelihood_bound"),
+        nelbo(model, torch.arange(8)[None], num_steps=3, order="entropy"),
+    )
+    settings = {"predictions": ["01234567"], "model": model, "tokenizer": tokenizer, "num_steps": 3}
+    result = metric.compute(**settings, order="entropy")
+    assert result["bits_per_token"] == pytest.approx(output.nelbo.item() / 8 / math.log(2), rel=1e-5)
+    assert result["order"] == "entropy" != metric.compute(**settings)["order"]
+
+
 def test_the_bound_of_a_text_is_that_of_its_own_tokens():
     """Those that a tokenizer adds are context: they say nothing, and no character is theirs."""
     model, tokenizer = digit_model()

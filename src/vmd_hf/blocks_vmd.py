@@ -15,6 +15,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers.utils.generic import is_flash_attention_requested
 
 PADDING, EMPTY = -1, -2  # documents of padding, and of key columns that hold nothing
+# Columns that a chunk of attention has at least, and chunks that a row has at most: more save little more time, and
+# take more memory, since every chunk keeps its keys for the gradient.
+CHUNK_SIZE, NUM_CHUNKS = 64, 4
 
 
 @dataclass
@@ -31,14 +34,16 @@ class TokenIndex:
     document: torch.Tensor
     clean: torch.Tensor
 
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.block, self.document, self.clean
+
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TokenIndex":
-        return TokenIndex(function(self.block), function(self.document), function(self.clean))
+        return TokenIndex(*map(function, self.parts()))
 
 
 def stack_token_indices(parts: list[TokenIndex], dim: int = 0) -> TokenIndex:
     """TokenIndex of batches that are concatenated along a dimension."""
-    names = ("block", "document", "clean")
-    return TokenIndex(*(torch.cat([getattr(part, name) for part in parts], dim) for name in names))
+    return TokenIndex(*(torch.cat(same, dim) for same in zip(*(part.parts() for part in parts), strict=True)))
 
 
 def join_token_indices(parts: list[TokenIndex]) -> TokenIndex:
@@ -236,6 +241,62 @@ def lay_out_blocks(
 
 
 @dataclass
+class AttentionChunks:
+    """The attention pattern of whole grids in chunks of consecutive columns. Queries and keys are one or more such
+    grids, one after the other.
+
+    Attributes:
+        sizes: Columns of each chunk of a grid.
+        keys: For each chunk of the queries, the chunks of the keys that it reads.
+        masks: For each chunk of the queries, (batch or 1, 1, queries, keys) as `block_attention_mask` makes it.
+    """
+
+    sizes: list[int]
+    keys: list[list[int]]
+    masks: list[torch.Tensor]
+
+    @classmethod
+    def plan(
+        cls, config, layout: Layout, clean: bool, query: TokenIndex, key: TokenIndex, dtype: torch.dtype
+    ) -> "AttentionChunks | None":
+        """`None` where one mask over everything is no slower: for short rows, and on other devices than a CPU.
+
+        Args:
+            layout: Of every grid.
+            clean: Whether the last grid is one of clean tokens, as all others are.
+            query, key: Of whole grids; those of the queries are the last ones of the keys.
+        """
+        # Under a compiler or exporter, lengths may be symbols.
+        if config._attn_implementation != "sdpa" or query.block.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        length = layout.num_blocks * layout.width
+        size = -(-max(CHUNK_SIZE, length // NUM_CHUNKS) // layout.width) * layout.width
+        num_keys, rest = divmod(key.block.shape[-1], length)
+        if length < 2 * size or rest or isinstance(layout.first_block, torch.Tensor):
+            return None  # or what was read is not the grid
+        plan = cls([min(size, length - start) for start in range(0, length, size)], [], [])
+        queries, keys = (
+            [TokenIndex(*parts) for parts in zip(*(plan.split(part, -1) for part in index.parts()), strict=True)]
+            for index in (query, key)
+        )
+        num_chunks = len(plan.sizes)
+        noisy = None if clean else num_keys - 1  # the number of that grid
+        for number, chunk in enumerate(queries, start=len(keys) - len(queries)):
+            grid, column = divmod(number, num_chunks)
+            seen = [other * num_chunks + i for other in range(num_keys) if other != noisy for i in range(column + 1)]
+            if grid == noisy:
+                seen.append(number)
+            plan.keys.append(seen)
+            held = join_token_indices([keys[index] for index in seen])
+            plan.masks.append(block_attention_mask(config, chunk, held, dtype))
+        return plan
+
+    def split(self, values: torch.Tensor, dim: int) -> list[torch.Tensor]:
+        """Values of one or more grids, in chunks."""
+        return list(values.split(self.sizes * (values.shape[dim] // sum(self.sizes)), dim))
+
+
+@dataclass
 class CleanContext:
     """The clean tokens that blocks under denoising see: those already read, and those to be read in the same pass.
 
@@ -244,6 +305,9 @@ class CleanContext:
         read: TokenIndex of these.
         input_ids: (batch, new) int64, whole blocks of clean tokens still to be read, or `None`.
         position_ids, new: Their positions (batch, new) and places.
+        room: For each layer the tensors whose first columns `keys_values` are, where a pass may write its own behind.
+        sees_all: Whether every token of the blocks may attend to all that was read, and to all of the blocks.
+        attention: Arguments of attention, of the first pass with this context for the next ones over the same blocks.
     """
 
     keys_values: list[tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -251,6 +315,9 @@ class CleanContext:
     input_ids: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     new: TokenIndex | None = None
+    room: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+    sees_all: bool = False
+    attention: dict | None = None
 
     def select(self, rows: torch.Tensor) -> "CleanContext":
         """What was read, for a batch that is made of these rows (int64, any number of times each)."""
@@ -260,4 +327,4 @@ class CleanContext:
         )
 
     def without_new(self) -> "CleanContext":
-        return CleanContext(keys_values=self.keys_values, read=self.read)
+        return CleanContext(keys_values=self.keys_values, read=self.read, room=self.room)

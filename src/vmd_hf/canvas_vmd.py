@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.generation import EosTokenCriteria
 
 from .blocks_vmd import EMPTY, CleanContext, Layout, TokenIndex, join_token_indices, stack_token_indices
@@ -206,30 +205,26 @@ class Canvas:
 
 
 class ContextReader:
-    """What blocks at work see of the clean blocks before them: read once and kept in a transformers cache, or, without
-    a cache, read again in every pass. With guidance, rows from the batch's size on are those without the prompt.
+    """What blocks at work see of the clean blocks before them: read once, with keys and values kept, or, without a
+    cache, read again in every pass. With guidance, rows from the batch's size on are those without the prompt.
 
     Attributes:
-        context: For the next pass: the tokens that the cache holds, and those that are to be read now.
+        context: For the next pass: the tokens whose keys and values are kept, and those that are to be read now.
     """
 
-    def __init__(self, model_config, canvas: Canvas, rounds: Rounds, config: VMDGenerationConfig):
+    def __init__(self, canvas: Canvas, rounds: Rounds, config: VMDGenerationConfig):
         self.canvas = canvas
-        self.guided = config.guidance_scale is not None
+        self.config = config
         self.read: TokenIndex | None = None
-        self.cache = None
-        self.context = CleanContext()
+        self.buffers: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # (rows, heads, columns, head_dim)
         stop = rounds.block
         self.first = torch.zeros_like(stop)
         if config.use_cache:
             self.first = torch.cat([self.first[:, :1], stop], dim=-1)[:, :-1]
         self.num_blocks = (stop - self.first).amax(0).tolist()  # to be read in each round
-        if config.use_cache and config.cache_implementation == "static":
-            num_layers = model_config.num_hidden_layers * model_config.num_loops
-            columns = max(sum(self.num_blocks), 1) * canvas.layout.width
-            self.cache = Cache(layers=[StaticLayer(max_cache_len=columns) for _ in range(num_layers)])
-        elif config.use_cache:
-            self.cache = DynamicCache()
+        in_step = bool((stop == stop[:1]).all()) and canvas.layout.real is None
+        self.sees_all = in_step and config.guidance_scale is None and config.cache_implementation == "dynamic"
+        self.context = self._held()
 
     def start(self, index: int, block: torch.Tensor) -> None:
         """Begins a round, in which `block` (batch,) are filled."""
@@ -239,33 +234,49 @@ class ContextReader:
             return
         first = self.first[:, index].to(block.device)
         parts = [self.canvas.clean_blocks(first, block, num_blocks, without_given=False)]
-        if self.guided:
+        if self.config.guidance_scale is not None:
             parts.append(self.canvas.clean_blocks(first, block, num_blocks, without_given=True))
         tokens, positions, places = zip(*parts, strict=True)
         self.context.input_ids, self.context.position_ids = torch.cat(tokens), torch.cat(positions)
         self.context.new = stack_token_indices(places)
 
     def keep(self, keys_values) -> None:
-        """Writes what a pass has read into the cache."""
-        if self.cache is None or self.context.input_ids is None:
+        """Keeps what a pass has read."""
+        if not self.config.use_cache or self.context.input_ids is None:
             return
-        for index, pair in enumerate(keys_values):
-            self.cache.update(*pair, index)
-        new = self.context.new
+        start, new = 0 if self.read is None else self.read.block.shape[1], self.context.new
+        if self.buffers is None:
+            self.buffers = [tuple(self._buffer(part) for part in pair) for pair in keys_values]
+        for buffers, pair in zip(self.buffers, keys_values, strict=True):
+            for buffer, part in zip(buffers, pair, strict=True):
+                buffer[:, :, start : start + part.shape[2]] = part
         self.read = new if self.read is None else join_token_indices([self.read, new])
         self.context = self._held()
 
+    def _columns(self) -> int:
+        """Clean tokens that are read in all rounds."""
+        return sum(self.num_blocks) * self.canvas.layout.width
+
+    def _buffer(self, part: torch.Tensor) -> torch.Tensor:
+        """For keys or values (rows, heads, new, head_dim) of all rounds, and behind them those of a pass's own. Zeros,
+        since what is masked must be finite."""
+        own = 1 + max(self.num_blocks) * (self.config.cache_implementation == "static")
+        columns = self._columns() + own * self.canvas.layout.width
+        return part.new_zeros(*part.shape[:2], columns, part.shape[3])
+
     def _held(self) -> CleanContext:
-        context = CleanContext()
+        context = CleanContext(sees_all=self.sees_all)
         if self.read is not None:
-            # What a static cache has left.
-            empty = self.cache.layers[0].keys.shape[2] - self.read.block.shape[1]
+            length = self.read.block.shape[1]
+            columns = self._columns() if self.config.cache_implementation == "static" else length
+            empty = columns - length
             context.read = TokenIndex(
                 pad(self.read.block, (0, empty)),
                 pad(self.read.document, (0, empty), value=EMPTY),
                 pad(self.read.clean, (0, empty), value=True),
             )
-            context.keys_values = [(layer.keys, layer.values) for layer in self.cache.layers]
+            context.keys_values = [tuple(buffer[:, :, :columns] for buffer in pair) for pair in self.buffers]
+            context.room = self.buffers
         return context
 
 

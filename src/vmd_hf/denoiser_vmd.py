@@ -10,6 +10,7 @@ from transformers.utils.generic import can_return_tuple, is_flash_attention_requ
 
 from .blocks_vmd import CleanContext, Layout, lay_out_blocks, lay_out_rows
 from .checks_vmd import check_inputs, check_keywords, check_latents, check_masks, require
+from .layers_vmd import rotary_angles
 from .objective_vmd import last_before_blocks
 from .saving_vmd import VMDPreTrainedModel
 
@@ -75,7 +76,7 @@ class VMDDenoiser(VMDPreTrainedModel):
         return {"attention_mask": mask, "position_embeddings": self.rotary_angles(hidden_states, position_ids)}
 
     def rotary_angles(self, hidden_states, position_ids):
-        return None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
+        return None if self.rotary_emb is None else rotary_angles(self.rotary_emb, hidden_states, position_ids)
 
     @merge_with_config_defaults
     @can_return_tuple

@@ -9,7 +9,7 @@ import torch
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
-from .blocks_vmd import Layout
+from .blocks_vmd import CleanContext, Layout
 from .canvas_vmd import Canvas, ContextReader, EndOfText, PrefixStreamer, Rounds, check_length, prepare_canvas
 from .chain_vmd import draw_states, state_marginals
 from .generation_configuration_vmd import VMDGenerationConfig
@@ -70,6 +70,12 @@ class GenerationState:
     stopping_criteria: StoppingCriteriaList | None
     streamer: PrefixStreamer | None
     history: list[torch.Tensor] | None  # from before the first step on
+    context: CleanContext | None = None  # of whole sequences: what their steps share
+
+    def is_watched(self) -> bool:
+        """Whether anybody looks at the canvas before a block is filled."""
+        watchers = self.history, self.logits_processor, self.stopping_criteria, self.streamer
+        return any(watcher is not None for watcher in watchers)
 
     def sequences(self) -> torch.Tensor:
         """(batch, length) in the rows' own columns, with everything after an end-of-sequence token padded."""
@@ -98,6 +104,11 @@ def check_causal(config: VMDGenerationConfig, rule: RemaskingRule | None, logits
     for name, value in asked.items():
         if value is not None:
             raise ValueError(f"{name} must not depend on the tokens drawn with a causal head, got {value!r}")
+
+
+def ordinary(values: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Copies of tensors that were made in inference mode."""
+    return tuple(map(ordinary, values)) if isinstance(values, tuple) else values.clone()
 
 
 class VMDGenerationMixin:
@@ -148,7 +159,6 @@ class VMDGenerationMixin:
         """Read by PEFT's causal language model wrapper; `generate` does not need it."""
         return {"input_ids": input_ids, **kwargs}
 
-    @torch.no_grad()
     def generate(
         self,
         input_ids: torch.LongTensor,
@@ -217,6 +227,35 @@ class VMDGenerationMixin:
         self._check_generation_inputs(input_ids, attention_mask, latents, generator, config)
         if self.causal_head is not None:
             check_causal(config, rule, logits_processor)
+        with torch.inference_mode():
+            output = self._generate(
+                config,
+                rule,
+                input_ids,
+                attention_mask,
+                latents,
+                generator,
+                logits_processor,
+                stopping_criteria,
+                streamer,
+            )
+        # Copies made out here are tensors for any use, in a training step, too.
+        output = VMDGenerateOutput(**{name: ordinary(value) for name, value in output.items()})
+        return output if config.return_dict_in_generate else output.sequences
+
+    def _generate(
+        self,
+        config: VMDGenerationConfig,
+        rule: RemaskingRule | None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        latents: torch.Tensor | None,
+        generator: Generators,
+        logits_processor: LogitsProcessorList | None,
+        stopping_criteria: StoppingCriteriaList | None,
+        streamer: Any,
+    ) -> VMDGenerateOutput:
+        """`generate`, of arguments that are checked."""
         device = execution_device(self, input_ids)
         input_ids = input_ids.to(device).long()
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device)
@@ -238,7 +277,7 @@ class VMDGenerationMixin:
             sampler=Sampler(config, rule, generators_on(generator, device)),
             host_rounds=host_rounds,
             rounds=Rounds(*(part.to(device) for part in host_rounds)),
-            reader=ContextReader(self.config, canvas, host_rounds, config) if with_blocks else None,
+            reader=ContextReader(canvas, host_rounds, config) if with_blocks else None,
             latents=self._round_latents(latents, host_rounds, layout.width, device),
             given_latents=latents is not None,
             num_forward_passes=torch.zeros_like(lengths, device=device),
@@ -263,8 +302,6 @@ class VMDGenerationMixin:
         if streamer is not None:
             state.streamer.put(sequences, torch.zeros_like(real))  # a stopped row's rest
             streamer.end()
-        if not config.return_dict_in_generate:
-            return sequences
         return VMDGenerateOutput(
             sequences=sequences,
             num_forward_passes=state.num_forward_passes,
@@ -297,6 +334,8 @@ class VMDGenerationMixin:
             window = window.select(torch.arange(len(block), device=block.device).repeat(2))
         if state.reader is not None:
             state.reader.start(index, block)
+        else:
+            state.context = CleanContext()
         prior = self._read_prior(state, index, working)
         conditioning = None
         wait = config.confidence_threshold is not None or state.stopping_criteria is not None
@@ -325,8 +364,10 @@ class VMDGenerationMixin:
                 chosen = torch.where(step_done.revealed, states, before.gather(-1, work.columns))
                 state.latents[:, index] = before.scatter(-1, work.columns, chosen)
             work.reveal(step_done, self.config.mask_token_id)
-            canvas.put(columns, work.tokens, work.masked)
+            if state.is_watched():
+                canvas.put(columns, work.tokens, work.masked)
             self._after_step(state, work.active)
+        canvas.put(columns, work.tokens, work.masked)
         if config.output_confidences:
             confidences = torch.where(
                 work.fillable & ~work.masked, work.probability, state.confidences.gather(-1, columns)
@@ -367,7 +408,7 @@ class VMDGenerationMixin:
         if scale is not None:
             inputs = torch.cat([inputs, inputs.masked_fill(given, self.config.mask_token_id)])
             conditioning = None if conditioning is None else torch.cat([conditioning, conditioning])
-        context = None if state.reader is None else state.reader.context
+        context = state.context if state.reader is None else state.reader.context
         outputs = self.model(inputs, layout=window, conditioning=conditioning, context=context, return_dict=True)
         if state.reader is not None:
             state.reader.keep(outputs.keys_values)

@@ -5,8 +5,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from .blocks_vmd import AttentionChunks
 from .configuration_vmd import VMDConfig
 
 
@@ -62,34 +62,78 @@ class VMDAttention(nn.Module):
         attention_mask=None,
         position_embeddings=None,
         same_group=None,
+        room=None,
         **kwargs,
     ):
         """Output (batch, length, hidden), attention weights or `None`, and this pass's own key and value.
 
-        `context_key` and `context_value` (batch, heads, read, head_dim) are those of earlier tokens.
+        `context_key` and `context_value` (batch, heads, read, head_dim) are those of earlier tokens; `room`: the two
+        tensors whose first columns these are, behind which this pass may write its own.
         """
         shape = hidden_states.shape[:-1]
         qkv = self.qkv_proj(hidden_states).view(*shape, 3, -1, self.head_dim)
-        query, own_key, own_value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head_dim)
-        if position_embeddings is not None:
-            query, own_key = apply_rotary_pos_emb(query, own_key, *position_embeddings)
-        key, value = own_key, own_value
-        if context_key is not None:
-            key, value = torch.cat([context_key, key], dim=2), torch.cat([context_value, value], dim=2)
-        if self.group_bias is not None:
-            attention_mask = self.group_bias(same_group, attention_mask).to(query.dtype)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, batch, heads, length, head_dim)
+        if position_embeddings is None:
+            query, own_key, own_value = qkv.unbind(0)
+        else:
+            query_and_key, own_value = qkv.split([2, 1])
+            query, own_key = rotate(query_and_key, *position_embeddings).unbind(0)
+            own_value = own_value.squeeze(0)
+        if isinstance(attention_mask, AttentionChunks):
+            keys, values = [context_key, own_key], [context_value, own_value]
+            output, weights = self.attend_in_chunks(query, keys, values, attention_mask, **kwargs), None
+        else:
+            if self.group_bias is not None:
+                attention_mask = self.group_bias(same_group, attention_mask).to(query.dtype)
+            key, value = (
+                append(*parts)
+                for parts in zip((context_key, context_value), (own_key, own_value), room or (None, None), strict=True)
+            )
+            output, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.reshape(*shape, -1)), weights, own_key, own_value
+
+    def attend(self, query, key, value, attention_mask, **kwargs):
+        """(batch, length, heads, head_dim), and the weights or `None`."""
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return attention(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+
+    def attend_in_chunks(self, query, keys: list, values: list, chunks: AttentionChunks, **kwargs):
+        # The gradient of a piece is as large as the piece, that of a slice as large as what it is taken from.
+        keys, values = (
+            [piece for part in parts if part is not None for piece in chunks.split(part, 2)]
+            for parts in (keys, values)
+        )
+        outputs = []
+        for piece, seen, mask in zip(chunks.split(query, 2), chunks.keys, chunks.masks, strict=True):
+            key, value = (torch.cat([parts[index] for index in seen], dim=2) for parts in (keys, values))
+            outputs.append(self.attend(piece, key, value, mask, **kwargs)[0])
+        return torch.cat(outputs, dim=1)
+
+
+def append(context: torch.Tensor | None, own: torch.Tensor, room: torch.Tensor | None) -> torch.Tensor:
+    """Keys or values (batch, heads, tokens, head_dim) of a context, or `None`, and of a pass: in `room`, if there is
+    some, whose first columns are the context."""
+    if context is None:
+        return own
+    if room is None:
+        return torch.cat([context, own], dim=2)
+    start, stop = context.shape[2], context.shape[2] + own.shape[2]
+    room[:, :, start:stop] = own
+    return room[:, :, :stop]
+
+
+def rotary_angles(rotary_emb: nn.Module, hidden_states: torch.Tensor, position_ids: torch.Tensor):
+    """For `rotate`: cosines, and sines with the sign that they have in the first and second half of a vector, each
+    (batch, 1, length, head_dim)."""
+    cos, sin = rotary_emb(hidden_states, position_ids)
+    half = sin.shape[-1] // 2
+    return cos[:, None], torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)[:, None]
+
+
+def rotate(vectors: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (as in Llama: a vector's halves are the coordinates) of (..., length, head_dim)."""
+    return torch.addcmul(vectors * cos, vectors.roll(vectors.shape[-1] // 2, -1), sin)
 
 
 class VMDMLP(nn.Module):
@@ -135,9 +179,9 @@ class VMDLayer(GradientCheckpointingLayer):
         update, _, key, value = self.attention(
             modulate(self.attention_norm(hidden_states), shift_1, scale_1), context_key, context_value, **kwargs
         )
-        hidden_states = add_gated(hidden_states, self.dropout(update), gate_1)
+        hidden_states = add_gated(hidden_states, self.dropout(update) if self.training else update, gate_1)
         update = self.mlp(modulate(self.mlp_norm(hidden_states), shift_2, scale_2))
-        return add_gated(hidden_states, self.dropout(update), gate_2), key, value
+        return add_gated(hidden_states, self.dropout(update) if self.training else update, gate_2), key, value
 
     def changes(self, conditioning) -> tuple[torch.Tensor | None, ...]:
         """Shift, 1 + scale and 1 + gate of both halves, each (batch, blocks, hidden); `None` for no change. Sampling
@@ -173,4 +217,4 @@ def add_gated(residual, update, gate):
     return torch.addcmul(*blocks).flatten(1, 2)
 
 
-__all__ = ["VMDGroupBias", "VMDLayer", "VMDZeroLinear", "eager_attention_forward"]
+__all__ = ["VMDGroupBias", "VMDLayer", "VMDZeroLinear", "eager_attention_forward", "rotary_angles"]

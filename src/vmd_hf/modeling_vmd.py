@@ -12,7 +12,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbones_vmd import VMDBackbone, backbone_settings, load_masked_lm
-from .blocks_vmd import CleanContext, Layout, block_attention_mask, join_token_indices
+from .blocks_vmd import AttentionChunks, CleanContext, Layout, block_attention_mask, join_token_indices
 from .causal_vmd import VMDCausalHead
 from .chain_vmd import VMDChain
 from .checks_vmd import OWN_LOSS, check_shape
@@ -124,6 +124,21 @@ class VMDModel(VMDDenoiser):
             context["same_group"] = (groups[:, :, None] == groups[:, None]).to(hidden_states.dtype)
         return context
 
+    def grid_attention(self, hidden_states, layout: Layout, position_ids, context: CleanContext, clean: bool) -> dict:
+        """Arguments of a layer's attention for `run`."""
+        if self.config.block_size is None:
+            return self.attention_context(hidden_states, layout.real, position_ids, layout.document)
+        angles = self.rotary_angles(hidden_states, position_ids)
+        if context.sees_all and context.new is None and self.config._attn_implementation != "flex_attention":
+            return {"attention_mask": None, "position_embeddings": angles}
+        query = layout.token_index(clean)
+        query = query if context.new is None else join_token_indices([context.new, query])
+        key = query if context.read is None else join_token_indices([context.read, query])
+        mask = AttentionChunks.plan(self.config, layout, clean, query, key, hidden_states.dtype)
+        if mask is None:
+            mask = block_attention_mask(self.config, query, key, hidden_states.dtype)
+        return {"attention_mask": mask, "position_embeddings": angles}
+
     @capture_outputs
     def run(
         self,
@@ -141,16 +156,8 @@ class VMDModel(VMDDenoiser):
             input_ids = torch.cat([context.input_ids, input_ids], dim=1)
             position_ids = torch.cat([context.position_ids, position_ids], dim=1)
         hidden_states = self.embeddings(input_ids, position_ids)
-        if self.config.block_size is None:
-            attention = self.attention_context(hidden_states, layout.real, position_ids, layout.document)
-        else:
-            query = layout.token_index(clean)
-            query = query if context.new is None else join_token_indices([context.new, query])
-            key = query if context.read is None else join_token_indices([context.read, query])
-            attention = {
-                "attention_mask": block_attention_mask(self.config, query, key, hidden_states.dtype),
-                "position_embeddings": self.rotary_angles(hidden_states, position_ids),
-            }
+        if context.attention is None:
+            context.attention = self.grid_attention(hidden_states, layout, position_ids, context, clean)
         if conditioning is not None and self.position_inputs is not None:
             inputs = self.position_inputs(conditioning, None if self.config.block_size else layout.position_ids)
             hidden_states = hidden_states + nn.functional.pad(inputs, (0, 0, num_new, 0))
@@ -158,13 +165,13 @@ class VMDModel(VMDDenoiser):
             conditioning = None  # the layers have nothing that reads it
         elif conditioning is not None and num_new:  # clean tokens have the null latent
             conditioning = nn.functional.pad(conditioning, (0, 0, num_new // layout.width, 0))
-        keys_values = []
-        for index in range(self.config.num_loops * len(self.layers)):
+        keys_values, num_clean = [], input_ids.shape[1] if clean else num_new
+        attention = context.attention | kwargs
+        for index, layer in enumerate([*self.layers] * self.config.num_loops):
             read = () if context.keys_values is None else context.keys_values[index]
-            hidden_states, key, value = self.layers[index % len(self.layers)](
-                hidden_states, conditioning, *read, **attention, **kwargs
-            )
-            num_clean = input_ids.shape[1] if clean else num_new
+            if context.room is not None:
+                attention["room"] = context.room[index]
+            hidden_states, key, value = layer(hidden_states, conditioning, *read, **attention)
             if num_clean:
                 keys_values.append((key[:, :, :num_clean], value[:, :, :num_clean]))
         return VMDModelOutput(

@@ -32,6 +32,9 @@ class EvaluationArguments:
     )
     judge: str | None = field(default=None, metadata={"help": "Autoregressive model that reads the samples."})
     bound: Literal["per_sample", "per_step"] = field(default="per_step", metadata={"help": "See vmd_hf.nelbo."})
+    order: Literal["random", "left_to_right", "top_prob", "top_prob_margin", "entropy"] = field(
+        default="random", metadata={"help": "In which the sampler of a bound reveals tokens; see vmd_hf.nelbo."}
+    )
     num_draws: list[int] = field(
         default_factory=lambda: [1], metadata={"help": "Importance samples of z in a bound (IWAE)."}
     )

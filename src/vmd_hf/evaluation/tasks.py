@@ -54,7 +54,9 @@ def text_tables(
     documents = load_documents(args.source, **settings)["train"]
     known = {word for document in documents for word in (clean_text8(document) if clean else document).split()}
     samples, texts = evaluate_samples(model, tokenizer, length, known, args.num_steps, args.num_texts, args.seed)
-    bounds = evaluate_bounds(model, batches, args.num_steps, args.num_draws, args.bound, args.seed, baseline)
+    bounds = evaluate_bounds(
+        model, batches, args.num_steps, args.num_draws, args.bound, args.order, args.seed, baseline
+    )
     size = num_bytes(batches, tokenizer)
     bounds = [row | {"bits_per_byte": row["bits_per_token"] * row["num_tokens"] / size} for row in bounds]
     tables = [[evaluate_objective(model, batches)], bounds, samples]

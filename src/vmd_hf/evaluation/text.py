@@ -14,7 +14,7 @@ from transformers.utils import find_adapter_config_file
 
 from ..data.text import collate, evenly_spaced
 from ..hub import load_model, load_tokenizer
-from ..likelihood import CorpusBound, confidence_interval, corpus_bound
+from ..likelihood import CorpusBound, Order, confidence_interval, corpus_bound
 from ..schedule_vmd import most_revealed
 from ..training import active_units, moments
 from .sampling import draw_samples
@@ -67,6 +67,7 @@ def corpus_bounds(
     num_steps: Sequence[int],
     num_draws: Sequence[int] = (1,),
     bound: Literal["per_sample", "per_step"] = "per_step",
+    order: Order = "random",
     seed: int = 0,
 ) -> dict[tuple[int, int], tuple[CorpusBound, float]]:
     """`corpus_bound` for each number of steps and of importance samples, with the seconds that it took; of steps
@@ -81,6 +82,7 @@ def corpus_bounds(
                 model,
                 batches,
                 bound=bound,
+                order=order,
                 num_steps=steps,
                 num_samples=draws,
                 generator=torch.Generator().manual_seed(seed),
@@ -96,18 +98,20 @@ def evaluate_bounds(
     num_steps: Sequence[int],
     num_draws: Sequence[int] = (1,),
     bound: Literal["per_sample", "per_step"] = "per_step",
+    order: Order = "random",
     seed: int = 0,
     baseline: PreTrainedModel | None = None,
 ) -> list[Row]:
     """A row for each of `corpus_bounds`; with a baseline first its own, then the model's with their differences from
     it: at as many importance samples, or, of a model without a latent, from the baseline's bound with the most."""
-    found = corpus_bounds(model, batches, num_steps, num_draws, bound, seed)
-    rows = [bound_row(bound, *key, *value) for key, value in found.items()]
+    settings = num_steps, num_draws, bound, order, seed
+    found = corpus_bounds(model, batches, *settings)
+    rows = [bound_row(bound, order, *key, *value) for key, value in found.items()]
     if baseline is None:
         return rows
-    others = corpus_bounds(baseline, batches, num_steps, num_draws, bound, seed)
+    others = corpus_bounds(baseline, batches, *settings)
     results = [
-        {"model": "baseline", **bound_row(bound, *key, *value), **dict.fromkeys(DIFFERENCE)}
+        {"model": "baseline", **bound_row(bound, order, *key, *value), **dict.fromkeys(DIFFERENCE)}
         for key, value in others.items()
     ]
     for row, (key, (result, _)) in zip(rows, found.items(), strict=True):
@@ -120,10 +124,11 @@ def evaluate_bounds(
     return results
 
 
-def bound_row(name: str, num_steps: int, num_draws: int, bound: CorpusBound, seconds: float) -> Row:
+def bound_row(name: str, order: str, num_steps: int, num_draws: int, bound: CorpusBound, seconds: float) -> Row:
     low, high = bound.interval
     return {
         "bound": name,
+        "order": order,
         "num_steps": num_steps,
         "num_draws": num_draws,
         "bits_per_token": bound.bits_per_token,
