@@ -234,7 +234,6 @@ FEWEST = {"block_size": 4, "objective": "per_step", "objective_steps": [1, 2, 4]
 def test_steps_that_reveal_few_tokens_are_those_of_a_model_without_a_latent(settings):
     every = tiny_model(**FEWEST, **settings)
     large = of_the_same_weights(every, latent_min_tokens=3)
-    several = of_the_same_weights(large, objective_draws=3)
     plain = {"prior": "standard", "latent_input": "layers"}
     mdm = of_the_same_weights(every, latent_size=0, **plain)
     ids, masks = digits(6, 8), torch.full((6, 8), MASK)
@@ -257,9 +256,6 @@ def test_steps_that_reveal_few_tokens_are_those_of_a_model_without_a_latent(sett
             assert torch.equal(*texts)
         else:
             torch.testing.assert_close(losses[1].loss, losses[2].loss)
-            several.config.objective_steps = [steps]
-            of_draws = several(input_ids=ids, labels=ids, noise_seeds=torch.arange(6)).loss
-            torch.testing.assert_close(of_draws, losses[2].loss)
             assert losses[1].kl == 0 and (losses[1].kl_per_latent == 0).all()
             torch.testing.assert_close(bounds[0].nelbo, bounds[1].nelbo)
             assert (bounds[0].kl == 0).all() and (bounds[2].kl > 0.01).all()

@@ -32,7 +32,6 @@ from helpers import (
     tiny_model,
     uniform,
 )
-from torch.distributions import Normal
 
 from vmd_hf import VMDForMaskedDiffusion
 from vmd_hf.checks_vmd import check_labels
@@ -130,57 +129,6 @@ def test_a_mask_of_ones_is_none(kind):
     noise = noise_for(model, 3, 6)
     losses = [model(input_ids, mask, labels=input_ids, **noise).loss for mask in (None, torch.ones_like(input_ids))]
     torch.testing.assert_close(*losses)
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("blocks", [{}, {"block_size": 3}, {"block_size": 3, "prior": "learned"}])
-@pytest.mark.parametrize(("objective", "steps"), [("vmd", 1), ("per_step", 2), ("per_sample", 1)])
-def test_several_draws_are_weighted_under_the_logarithm_of_each_latent(objective, steps, blocks, training):
-    """Each block of each row by itself, from the reconstruction terms of single draws and densities of the normal."""
-    num_blocks, draws = 2 if blocks else 1, 3
-    settings = {"objective": objective, "objective_steps": [steps], "kl_weight": 0.6, **blocks}
-    model = tiny_model(**settings, objective_draws=draws).train(training)
-    single = tiny_model(**settings).train(training)
-    said = {"prior": (torch.zeros(2, 4), torch.zeros(2, 4))}  # means and log-variances of the last pass
-    single.latent_encoder.register_forward_hook(lambda *args: said.update(posterior=args[-1]))
-    if "prior" in blocks:
-        single.model.latent_prior.register_forward_hook(lambda *args: said.update(prior=args[-1]))
-    input_ids, epsilon = digits(3, 6), normal(3, num_blocks, draws, 4)
-    times, position_noise = 0.6 + 0.4 * uniform(3, num_blocks), uniform(3, 6)
-    shape = (3, num_blocks) if blocks else (3,)
-
-    total = 0.0
-    for row in range(3):
-        for block in range(num_blocks):
-            labels = torch.full((1, 6), -100)
-            columns = slice(3 * block, 3 * block + 3) if blocks else slice(None)
-            labels[0, columns] = input_ids[row, columns]
-            terms = []
-            for draw in range(draws):
-                output = single(
-                    input_ids[row : row + 1],
-                    labels=labels,
-                    times=times[row : row + 1].view(1, *shape[1:]),
-                    position_noise=position_noise[row : row + 1],
-                    latent_noise=epsilon[row : row + 1, :, draw].view(1, *shape[1:], 4),
-                    num_items_in_batch=1,
-                )
-                q, p = (
-                    Normal(mean.view(-1, 4)[block], (0.5 * log.view(-1, 4)[block]).exp())
-                    for mean, log in (said["posterior"], said["prior"])
-                )
-                z = q.mean + q.stddev * epsilon[row, block, draw]
-                weight = 1 / times[row, block] if objective == "vmd" else steps
-                terms.append(0.6 * (p.log_prob(z) - q.log_prob(z)).sum() - output.reconstruction_loss / weight)
-            total += -weight * (torch.stack(terms).logsumexp(0) - math.log(draws))
-    output = model(
-        input_ids,
-        labels=input_ids,
-        times=times.view(shape),
-        position_noise=position_noise,
-        latent_noise=epsilon.view(*shape, draws, 4),
-    )
-    torch.testing.assert_close(output.loss, total / 18, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,6 @@ TRAINING_SETTINGS = {
     "loop_loss",
     "objective",
     "objective_steps",
-    "objective_draws",
     "left_to_right",
     "latent_min_tokens",
     "kl_weight",
