@@ -328,15 +328,9 @@ def variational_loss(
     scored, share = scored_tokens(masked, revealed, sees_revealed)
 
     with_loops = config.loop_loss and model.training
-    outputs = denoise(
-        model,
-        batch,
-        masked,
-        num_revealed,
-        latents,
-        **(kwargs | {"output_hidden_states": True} if with_loops else kwargs),
-    )
-
+    if with_loops:
+        kwargs = kwargs | {"output_hidden_states": True}
+    outputs = denoise(model, batch, masked, num_revealed, latents, **kwargs)
     num_items = normaliser(batch, num_items_in_batch)
     weight = corruption.weight * share / num_items
 
