@@ -13,7 +13,7 @@ from helpers import (
     tiny_model,
 )
 
-from vmd_hf import nelbo
+from vmd_hf import VMDForMaskedDiffusion, blocks_vmd, nelbo
 from vmd_hf.blocks_vmd import (
     EMPTY,
     PADDING,
@@ -91,6 +91,19 @@ def test_the_dense_masks_are_the_loop_over_queries_and_keys(seed):
         assert (eager[~expected[:, None]] == torch.finfo(dtype).min).all()
 
 
+@pytest.mark.parametrize("documents", [1, 3])
+def test_the_mask_of_flex_attention_knows_all_rows_of_a_batch(documents, monkeypatch):
+    """Of three, which may share one index: then it is asked for rows that this one has not."""
+    monkeypatch.setattr(blocks_vmd, "create_block_mask", lambda mask_mod, *args, **kwargs: mask_mod)
+    config = tiny_config(block_size=2)
+    config._attn_implementation = "flex_attention"
+    query, key = random_places(documents, 7, 0), random_places(documents, 9, 100)
+    mask_mod = block_attention_mask(config, query, key, torch.float32)
+    rows, queries, keys = (torch.arange(size) for size in (3, 7, 9))
+    found = mask_mod(rows[:, None, None], 0, queries[None, :, None], keys)
+    assert torch.equal(found.expand(3, -1, -1), allowed_by(query, key).expand(3, -1, -1))
+
+
 def test_places_that_all_rows_share_are_joined_with_those_of_each_row():
     shared, own = random_places(1, 3, 0), random_places(2, 4, 1)
     joined = join_token_indices([shared, own])
@@ -131,7 +144,7 @@ def test_whole_blocks_without_padding_are_their_own_grid():
     assert torch.equal(layout.gather(values), values)
     assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
     assert document_of(layout) == [[0] * 6]
-    assert layout.token_index(clean=True).block.tolist() == [[0, 0, 0, 1, 1, 1]]
+    assert layout.token_index(clean=True).block.tolist() == [[0, 0, 0, 3, 3, 3]]
     assert layout.token_index(clean=True).clean.all() and not layout.token_index(clean=False).clean.any()
     assert layout.blocks(values).tolist() == [[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [10, 11, 12]]]
 

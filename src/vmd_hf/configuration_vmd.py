@@ -121,8 +121,14 @@ class VMDConfig(PreTrainedConfig):
         mask_token_id: Id of the mask token. It never has probability.
         pad_token_id: Id of the pad token. It never has probability, unless it is also an end-of-sequence token.
         eos_token_id: Id(s) of the end-of-sequence token.
-        backbone_config: Config of a masked language model of transformers that is the denoiser in the place of this
-            package's own (see `VMDForMaskedDiffusion.from_masked_lm`); `None` for the package's own.
+        backbone_config: Config of a language model of transformers that is the denoiser in the place of this package's
+            own (see `VMDForMaskedDiffusion.from_masked_lm` and `from_causal_lm`); `None` for the package's own.
+        backbone_type: Whether that is a masked or a causal language model, `"masked_lm"` or `"causal_lm"`. The clean
+            tokens of a causal one attend to nothing on their right, in their own block either.
+        token_shift: Whether the hidden state before a token predicts it, as in a causal language model, or the one at
+            its own place. Backbones in blocks only.
+        causal_loss_weight: In training mode this times the next-token cross-entropy of the clean tokens is added to
+            the loss, and to nothing that is reported: it keeps the causal language model that a backbone is.
         tie_word_embeddings: Whether the output projection is the token embedding.
         attention_dropout, hidden_dropout: Dropout probabilities.
         norm_eps: Epsilon of the layer norms.
@@ -176,6 +182,9 @@ class VMDConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     backbone_config: dict | PreTrainedConfig | None = None
+    backbone_type: Literal["masked_lm", "causal_lm"] = "masked_lm"
+    token_shift: bool = False
+    causal_loss_weight: float | int = 0.0
     tie_word_embeddings: bool = True
     attention_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
@@ -206,7 +215,7 @@ class VMDConfig(PreTrainedConfig):
             targets = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
             # The package's own layers, and what a backbone may call the projections to queries and values.
             names = ["qkv_proj", "o_proj", "query", "value", "q_lin", "v_lin", "q_proj", "v_proj", "query_proj"]
-            targets.setdefault(self.model_type, [*names, "value_proj", "Wqkv"])
+            targets.setdefault(self.model_type, [*names, "value_proj", "Wqkv", "c_attn"])
         return super().to_dict()
 
     @property
@@ -284,10 +293,26 @@ class VMDConfig(PreTrainedConfig):
             )
         if self.loop_loss and self.num_loops == 1:
             raise ValueError("loop_loss needs num_loops of at least 2, got 1")
-        if self.backbone_config is not None and (self.block_size is not None or self.num_loops > 1):
+        if self.backbone_config is not None and (self.prior == "learned" or self.num_loops > 1):
             raise ValueError(
-                "a backbone reads whole sequences, once: block_size must be None and num_loops 1, got "
-                f"{self.block_size} and {self.num_loops}"
+                "a backbone is run through once and has no prior of its own: num_loops must be 1 and prior "
+                f"'standard', got {self.num_loops} and {self.prior!r}"
+            )
+        causal = self.backbone_config is not None and self.backbone_type == "causal_lm"
+        if self.backbone_type == "causal_lm" and (not causal or self.block_size is None):
+            raise ValueError(
+                "backbone_type='causal_lm' needs a backbone_config and block_size, the tokens of a block, got "
+                f"{type(self.backbone_config).__name__} and {self.block_size}"
+            )
+        if self.token_shift and (self.backbone_config is None or self.block_size is None):
+            raise ValueError(
+                "token_shift needs a backbone_config and block_size, got "
+                f"{type(self.backbone_config).__name__} and {self.block_size}"
+            )
+        if self.causal_loss_weight and not causal:
+            raise ValueError(
+                "causal_loss_weight needs backbone_type='causal_lm', got "
+                f"{self.causal_loss_weight} and {self.backbone_type!r}"
             )
         from transformers.activations import ACT2FN  # which needs torch
 
@@ -324,7 +349,7 @@ class VMDConfig(PreTrainedConfig):
                 'latent_min_tokens must be at least 1, and 1 unless objective is "per_step", got '
                 f"{self.latent_min_tokens} and {self.objective!r}"
             )
-        for name in ("kl_weight", "kl_warmup_steps", "initializer_range"):
+        for name in ("kl_weight", "kl_warmup_steps", "initializer_range", "causal_loss_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
         for name in ("attention_dropout", "hidden_dropout"):

@@ -411,7 +411,7 @@ class VMDGenerationMixin:
         context = state.context if state.reader is None else state.reader.context
         outputs = self.model(inputs, layout=window, conditioning=conditioning, context=context, return_dict=True)
         if state.reader is not None:
-            state.reader.keep(outputs.keys_values)
+            state.reader.keep(outputs)
         if scale is None:
             return outputs.last_hidden_state
         guided, unguided = outputs.last_hidden_state.chunk(2)
@@ -516,7 +516,8 @@ class VMDGenerationMixin:
         context, block = state.reader.context, state.rounds.block[:, index]
         before = torch.zeros(len(block), self.config.hidden_size, device=block.device, dtype=self.dtype)
         if context.input_ids is not None:
-            width, first = state.canvas.layout.width, context.new.block[:, :1]
+            width = state.canvas.layout.width
+            first = context.new.block[:, :1] // width
             new = Layout(
                 num_blocks=context.input_ids.shape[1] // width,
                 width=width,
@@ -526,7 +527,7 @@ class VMDGenerationMixin:
                 first_block=first,
             )
             hidden_states, read = self.model.read(context.input_ids, new, context.without_new())
-            state.reader.keep(read.keys_values)
+            state.reader.keep(read)
             last = (block - first[: len(block), 0]) * width - 1  # -1: nothing before the block
             state.num_forward_passes += working & (last >= 0)
             rows = torch.arange(len(block), device=block.device)

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from .blocks_vmd import CleanContext, Layout
+from .blocks_vmd import CleanContext, Layout, states_before_blocks
 from .chain_vmd import chain_log_probs, state_marginals
 from .checks_vmd import check_keywords, check_labels, check_noise, check_shape
 from .latents_vmd import draw_latents, gaussian_kl, standardised
@@ -55,6 +55,7 @@ class CleanBatch:
         context: With blocks, the clean tokens that they see, read once.
         before: With blocks, (batch, N, hidden): the clean hidden state before each block.
         prior: Mean and log-variance of a learned prior, each (batch, N, latent_size); none: N(0, I).
+        clean_states: In training with `causal_loss_weight`, (batch, N * width, hidden) of the clean tokens.
     """
 
     layout: Layout
@@ -63,6 +64,7 @@ class CleanBatch:
     context: CleanContext | None = None
     before: torch.Tensor | None = None
     prior: tuple[torch.Tensor, ...] = ()
+    clean_states: torch.Tensor | None = None
 
     def select(self, rows: torch.Tensor) -> "CleanBatch":
         """The batch that is made of these rows (int64, any number of times each)."""
@@ -106,6 +108,8 @@ def read_clean(model, input_ids, labels=None, attention_mask=None, position_ids=
     if model.config.block_size is not None:
         hidden_states, batch.context = model.model.read(clean, layout)
         batch.before = last_before_blocks(hidden_states, layout)
+        if model.training and model.config.causal_loss_weight:
+            batch.clean_states = hidden_states
         if model.model.latent_prior is not None:
             batch.prior = model.model.latent_prior(batch.before)
     return batch
@@ -116,9 +120,8 @@ def last_before_blocks(hidden_states: torch.Tensor, layout: Layout) -> torch.Ten
 
     (batch, N * width, hidden) to (batch, N, hidden).
     """
-    last, document = layout.blocks(hidden_states)[:, :, -1], layout.blocks(layout.document)
-    follows = (document[:, 1:, 0] == document[:, :-1, -1]) & (document[:, 1:, 0] >= 0)
-    return F.pad(last[:, :-1] * follows[..., None], (0, 0, 1, 0))
+    states, exists = states_before_blocks(hidden_states, layout.token_index(clean=True), layout)
+    return states * exists[..., None]
 
 
 def corrupt(
@@ -302,6 +305,17 @@ def chain_loss(
     return Loss(loss, loss.detach(), loss.new_zeros(()), None, None, outputs, batch.layout)
 
 
+def next_token_loss(model, batch: CleanBatch, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+    """Next-token cross-entropy of the labelled clean tokens that have one before them, over the number of labelled
+    tokens, in nats: the loss of the causal language model that a backbone is. Its clean tokens see nothing on their
+    right, or it would be no such loss."""
+    document = batch.layout.document
+    follows = F.pad(document[:, 1:] == document[:, :-1], (1, 0))
+    scored = batch.maskable & batch.layout.blocks(follows)
+    before = F.pad(batch.clean_states[:, :-1], (0, 0, 1, 0))
+    return block_cross_entropy(model, before, batch.x_0, scored).sum() / normaliser(batch, num_items_in_batch)
+
+
 def variational_loss(
     model,
     batch: CleanBatch,
@@ -370,6 +384,7 @@ __all__ = [
     "denoise",
     "last_before_blocks",
     "marginal_logits",
+    "next_token_loss",
     "posterior",
     "read_clean",
     "variational_loss",

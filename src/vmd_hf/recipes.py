@@ -64,7 +64,11 @@ class ModelArguments(ConfigArguments):
     """The fields of `VMDConfig`, where a model starts from, and what follows from the length of training."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Start from this model, whose sizes and tokenizer stay."}
+        default=None,
+        metadata={
+            "help": "Start from this model, whose sizes and tokenizer stay; or from a language model of transformers, "
+            "masked or causal (see backbone_type)."
+        },
     )
     lora_r: int | None = field(default=None, metadata={"help": "Train an adapter of this rank on that model."})
     lora_alpha: int = 16

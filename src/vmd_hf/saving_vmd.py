@@ -196,12 +196,13 @@ def saved_with_code(model: VMDPreTrainedModel, tokenizer: PreTrainedTokenizerBas
     always: or every checkpoint of a training run would copy the code.)"""
     from .modeling_vmd import VMDForMaskedDiffusion, VMDModel  # which need this module
 
+    tokenizer_before = model._tokenizer_to_save
     classes = ((VMDConfig, "AutoConfig"), (VMDModel, "AutoModel"), (VMDForMaskedDiffusion, "AutoModelForMaskedLM"))
     before = [cls._auto_class for cls, _ in classes]
     config, names = model.config, ("auto_map", "custom_pipelines")
     attributes = {name: getattr(config, name) for name in names if hasattr(config, name)}
     try:
-        model._tokenizer_to_save = tokenizer
+        model._tokenizer_to_save = tokenizer or tokenizer_before
         for cls, auto_class in classes:
             cls.register_for_auto_class(auto_class)
         config.auto_map = {"AutoModel": f"{VMDModel.__module__.rpartition('.')[2]}.{VMDModel.__name__}"}
@@ -209,7 +210,7 @@ def saved_with_code(model: VMDPreTrainedModel, tokenizer: PreTrainedTokenizerBas
         config.custom_pipelines = {"masked-diffusion": pipeline}
         yield
     finally:
-        model._tokenizer_to_save = None
+        model._tokenizer_to_save = tokenizer_before
         for (cls, _), auto_class in zip(classes, before, strict=True):
             cls._auto_class = auto_class
         for name in names:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from .backbones_vmd import MASK_TOKEN
 from .data.characters import character_tokenizer
 from .data.receptors import receptor_tokenizer
 from .data.sudoku import sudoku_tokenizer
@@ -61,6 +62,8 @@ def text_tokenizer(
             )
         if tokenizer is not None and text_tokenizer(None, tokenizer).get_vocab() != own.get_vocab():
             raise ValueError(f"tokenizer must be that of the given model, {model}, got {tokenizer!r}")
+        if own.mask_token is None:  # a causal language model's, see `VMDForMaskedDiffusion.from_causal_lm`
+            own.add_special_tokens({"mask_token": MASK_TOKEN})
         return own
     if tokenizer_size is not None:
         return bpe_tokenizer(texts, tokenizer_size)
@@ -72,7 +75,7 @@ def text_tokenizer(
     if tokenizer == "characters":
         return character_tokenizer()
     loaded = load_tokenizer(tokenizer)
-    special = {"mask_token": "[MASK]", "pad_token": "[PAD]"}
+    special = {"mask_token": MASK_TOKEN, "pad_token": "[PAD]"}
     loaded.add_special_tokens({name: token for name, token in special.items() if getattr(loaded, name) is None})
     return loaded
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import (
+    AutoConfig,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -63,6 +64,7 @@ TRAINING_SETTINGS = {
     "latent_min_tokens",
     "kl_weight",
     "hidden_dropout",
+    "causal_loss_weight",
 }
 # What a given model without a latent gets together with one.
 LATENT_SETTINGS = {
@@ -167,8 +169,9 @@ def build_model(
     num_training_forwards: int,
     position_groups: list[list[int]] | None = None,
 ) -> VMDForMaskedDiffusion:
-    """A new model of the task's size, or the given checkpoint, which keeps its shape, but for `num_loops`, and gets a
-    latent (or a causal head) if it has none and one is asked for."""
+    """A new model of the task's size, or the given checkpoint, which keeps its shape, but for `num_loops` and, around
+    a language model, `block_size`, and gets a latent (or a causal head) if it has none and one is asked for. Or one
+    around a language model of transformers that is given itself."""
     settings = {name: getattr(args, name) for name in ConfigArguments.__dataclass_fields__}
     latent = {name: settings.pop(name) for name in LATENT_SETTINGS}
     if not args.latent_size:
@@ -179,7 +182,15 @@ def build_model(
     }
     if args.model_name_or_path:
         training |= {name: settings[name] for name in TRAINING_SETTINGS}
-        given, added = VMDConfig.from_pretrained(args.model_name_or_path), {}
+        given, added = AutoConfig.from_pretrained(args.model_name_or_path), {}
+        if not isinstance(given, VMDConfig):
+            fields = training | latent | {name: settings[name] for name in ("block_size", "causal_head_size")}
+            if args.backbone_type == "masked_lm":
+                return VMDForMaskedDiffusion.from_masked_lm(args.model_name_or_path, **fields)
+            fields["token_shift"] = args.token_shift
+            return VMDForMaskedDiffusion.from_causal_lm(args.model_name_or_path, **fields)
+        if given.backbone_config is not None and args.block_size:
+            training["block_size"] = args.block_size
         if args.latent_size and not given.latent_size:
             added = latent
         if args.causal_head_size and not given.causal_head_size:
@@ -309,7 +320,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         callbacks.append(EMACallback(model_args.ema_decay))
     if data_args.task == "text":
         callbacks.append(SampleCallback(tokenizer, data_args.sequence_length))
-    collator = partial(collate, pad_token_id=tokenizer.pad_token_id)
+    collator = partial(collate, pad_token_id=tokenizer.pad_token_id or 0)  # of which nothing is read
     if data_args.task == "sudoku":  # each process draws symmetries of its own
         collator = SudokuCollator(tokenizer, training_args.seed + training_args.process_index, data_args.extra_clues)
     trainer = Trainer(
