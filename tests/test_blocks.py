@@ -13,7 +13,7 @@ from helpers import (
     tiny_model,
 )
 
-from vmd_hf import VMDForMaskedDiffusion, blocks_vmd, nelbo
+from vmd_hf import blocks_vmd, nelbo
 from vmd_hf.blocks_vmd import (
     EMPTY,
     PADDING,
