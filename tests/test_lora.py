@@ -10,6 +10,7 @@ from transformers import AutoModelForMaskedLM, default_data_collator
 
 from vmd_hf import VMDForMaskedDiffusion, VMDModel, nelbo
 from vmd_hf.data.synthetic import synthetic_dataset
+from vmd_hf.likelihood import corpus_bound
 from vmd_hf.training import VMDMetricsCallback
 
 LATENT_PATH = ["conditioner", "modulation", "latent_prior", "latent_encoder"]
@@ -62,6 +63,7 @@ def test_an_adapter_is_trained_saved_loaded_and_merged(tmp_path, task_type, modu
     after = trained_weights(model)
     assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in before)
     trained = values_of(model)
+    assert corpus_bound(model, [{"input_ids": digits(2, 4)}]).num_tokens == 8
     assert (trained - untrained).abs().max() > 0.05
     model.save_pretrained(tmp_path / "adapter")
 

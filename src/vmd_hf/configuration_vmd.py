@@ -25,7 +25,7 @@ _BASE_KEYWORDS = {
 }
 
 
-# Fields of version 0.7, which its files have.
+# Fields of version 0.7, which its files have. (Those of 0.8 have objective_draws, too, which training alone read.)
 REMOVED_FIELDS = {
     "conditioner_initializer_range",
     "free_bits",
@@ -43,7 +43,7 @@ def converted(values: dict) -> dict:
     """
     if values.get("latent_encoder_pooling") == "concat":
         raise ValueError("latent_encoder_pooling='concat' of version 0.7 is no longer supported")
-    new = {name: value for name, value in values.items() if name not in REMOVED_FIELDS}
+    new = {name: value for name, value in values.items() if name not in REMOVED_FIELDS | {"objective_draws"}}
     if values.get("latent_per_position"):
         new["latent_input"] = "position_slices"
     elif values.get("latent_position_inputs"):
@@ -108,11 +108,6 @@ class VMDConfig(PreTrainedConfig):
             each row.
         left_to_right: Share of blocks (or rows) for which `per_sample` and `per_step` reveal tokens from left to right
             rather than in random order: for the sampler with `remasking="left_to_right"`.
-        objective_draws: Draws of z under the logarithm of the loss: `-log 1/K sum_k p(x | z_k) p(z_k) / q(z_k)` for
-            the tokens that are predicted now, in place of `R + KL`, which is the case of one (IWAE, arXiv
-            1509.00519). Several make up for a true posterior that is no Gaussian (two_token.yaml), and cost a pass of
-            the denoiser each. Under `per_sample` with `objective_steps=(1,)` only: a single random step may not stand
-            in a logarithm.
         latent_min_tokens: Under `per_step`, a step that reveals fewer tokens has the null latent, in training, bounds
             and `generate` alike: it is a step of a plain masked diffusion model (sotu_latent.yaml). A single token
             needs no latent, and a random one would be noise. (A step with a `confidence_threshold` may reveal all that
@@ -179,7 +174,6 @@ class VMDConfig(PreTrainedConfig):
     objective: Literal["vmd", "per_sample", "per_step"] = "vmd"
     objective_steps: list[int] | tuple[int, ...] = (1, 2, 4)
     left_to_right: float | int = 0.0
-    objective_draws: int = 1
     latent_min_tokens: int = 1
     kl_weight: float | int = 1.0
     kl_warmup_steps: int = 1000
@@ -282,12 +276,10 @@ class VMDConfig(PreTrainedConfig):
                 f"latent_size={self.latent_size}, latent_type={self.latent_type!r} and "
                 f"backbone_config={self.backbone_config}"
             )
-        if self.num_states and (
-            self.objective == "per_sample" or self.objective_draws > 1 or self.latent_min_tokens > 1
-        ):
+        if self.num_states and (self.objective == "per_sample" or self.latent_min_tokens > 1):
             raise ValueError(
-                "latent_type='chain' needs objective 'vmd' or 'per_step', objective_draws 1 and latent_min_tokens 1, "
-                f"got {self.objective!r}, {self.objective_draws} and {self.latent_min_tokens}"
+                "latent_type='chain' needs objective 'vmd' or 'per_step' and latent_min_tokens 1, got "
+                f"{self.objective!r} and {self.latent_min_tokens}"
             )
         if self.causal_head_size < 0 or (self.causal_head_size and (self.latent_size or self.objective == "vmd")):
             raise ValueError(
@@ -356,13 +348,6 @@ class VMDConfig(PreTrainedConfig):
             raise ValueError(
                 'latent_min_tokens must be at least 1, and 1 unless objective is "per_step", got '
                 f"{self.latent_min_tokens} and {self.objective!r}"
-            )
-        if self.objective_draws < 1:
-            raise ValueError(f"objective_draws must be at least 1, got {self.objective_draws}")
-        if self.objective_draws > 1 and self.objective == "per_sample" and set(self.objective_steps) != {1}:
-            raise ValueError(
-                "objective_draws above 1 need objective_steps (1,) under per_sample, got "
-                f"{self.objective_draws} and {list(self.objective_steps)}"
             )
         for name in ("kl_weight", "kl_warmup_steps", "initializer_range", "causal_loss_weight"):
             if not 0 <= getattr(self, name) < math.inf:

@@ -32,8 +32,7 @@ class VMDMaskedDiffusionOutput(ModelOutput):
 
     Attributes:
         loss: Scalar, `reconstruction_loss + kl_weight * kl`, nats a labelled token. With labels only. (In training
-            mode the KL term also carries warm-up and free bits. With several `objective_draws` the loss is lower: it
-            has the logarithm of their mean, and the terms are still reported as means over them.)
+            mode the KL term also carries its warm-up.)
         logits: (batch, length, vocabulary). Without labels only.
         reconstruction_loss: Scalar, the weighted cross-entropy R of the masked tokens over the number of labelled
             tokens.
@@ -354,7 +353,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
                 objectives it ranks the order of revealing (the loss depends on the masks alone where no latent is told
                 what is revealed). To give a mask itself: 0 where masked, 1 elsewhere.
             latent_noise: (batch, latent_size), with blocks (batch, blocks, latent_size), float, standard normal:
-                z = mean + std * latent_noise. With several `objective_draws` they are the dimension before the last.
+                z = mean + std * latent_noise.
             noise_seeds: (batch,) int64. What is not given of the three is a function of the row's seed and of nothing
                 else; consecutive seeds have stratified times. (See `vmd_hf.training.SeededNoiseCallback`.)
             num_items_in_batch: Labelled tokens over which the loss is averaged; default: those of this batch.

@@ -24,7 +24,6 @@ With a causal head (`causal_vmd.py`), which has no joint probability but that of
 The same pieces, corruption aside, make the likelihood bounds (`vmd_hf.nelbo`).
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -134,16 +133,15 @@ def corrupt(
     latent_noise: torch.Tensor | None = None,
     noise_seeds: torch.Tensor | None = None,
 ) -> tuple[Corruption, torch.Tensor]:
-    """M_t, A_k and w of each block, (batch, N, ...), and the noise of its latent (batch, N, draws, latent_size).
+    """M_t, A_k and w of each block, (batch, N, ...), and the noise of its latent (batch, N, latent_size).
 
     Noise that is not given is drawn in training mode and hashed from the tokens in evaluation mode, or a function of
     `noise_seeds`; shapes as in `VMDForMaskedDiffusion.forward`, but `position_noise`, which is on the grid.
     """
     config, layout, (rows, num_blocks, _) = model.config, batch.layout, batch.x_0.shape
-    per_block = config.objective_draws, config.gaussian_size
+    per_block = (config.gaussian_size,)
     given_shape = (rows,) if config.block_size is None else (rows, num_blocks)
-    given_draws = per_block if config.objective_draws > 1 else (config.gaussian_size,)
-    check_noise(times, latent_noise, given_shape, given_draws, config)
+    check_noise(times, latent_noise, given_shape, per_block, config)
     if noise_seeds is not None:
         check_shape("noise_seeds", noise_seeds, (rows,))
         noise = seeded_noise(noise_seeds, batch.maskable, layout.blocks(layout.position_ids), per_block)
@@ -338,50 +336,33 @@ def variational_loss(
         mean, log_variance = posterior(model, batch, masked, revealed)
         kl_elements = gaussian_kl(mean, log_variance, *batch.prior) * has_latent[..., None]
         shift = (standardised(mean, *batch.prior) * has_latent[..., None]).detach()
-        per_draw = (part[:, :, None] for part in (mean, log_variance))
-        prior = (part[:, :, None] for part in batch.prior)
-        latents, log_ratio = draw_latents(*per_draw, latent_noise, *prior)  # (batch, N, draws, latent_size)
+        latents, _ = draw_latents(mean, log_variance, latent_noise, *batch.prior)  # (batch, N, latent_size)
     sees_revealed = has_latent & (config.objective == "per_step" and config.gaussian_size > 0)
     if model.causal_head is not None:
         sees_revealed = num_revealed > 1  # a single token has none before it
     scored, share = scored_tokens(masked, revealed, sees_revealed)
 
-    num_draws = config.objective_draws if config.gaussian_size else 1
-    rows, draws = batch, latents
-    if num_draws > 1:
-        index = torch.arange(masked.shape[0], device=masked.device).repeat_interleave(num_draws)
-        rows, masked, scored, num_revealed = batch.select(index), masked[index], scored[index], num_revealed[index]
-        draws = latents.transpose(1, 2).flatten(0, 1)  # (batch * draws, N, latent_size)
-    elif latents is not None:
-        draws = latents.squeeze(2)
     with_loops = config.loop_loss and model.training
-    outputs = denoise(
-        model, rows, masked, num_revealed, draws, **(kwargs | {"output_hidden_states": True} if with_loops else kwargs)
-    )
-
-    def reconstruction_of(hidden_states):  # (batch, N, draws)
-        losses = block_cross_entropy(model, hidden_states, rows.x_0, scored)
-        return losses.view(-1, num_draws, losses.shape[-1]).transpose(1, 2)
-
-    reconstruction = reconstruction_of(given_earlier(model, outputs.last_hidden_state, rows, revealed))
+    if with_loops:
+        kwargs = kwargs | {"output_hidden_states": True}
+    outputs = denoise(model, batch, masked, num_revealed, latents, **kwargs)
     num_items = normaliser(batch, num_items_in_batch)
     weight = corruption.weight * share / num_items
-    reconstruction_loss = (weight * reconstruction.mean(-1)).sum()
+
+    def reconstruction_of(hidden_states):
+        return (weight * block_cross_entropy(model, hidden_states, batch.x_0, scored)).sum()
+
+    reconstruction_loss = reconstruction_of(given_earlier(model, outputs.last_hidden_state, batch, revealed))
     kl = reconstruction_loss.new_zeros(())
     if kl_elements is not None:
         kl_weight = 1 if config.objective == "per_sample" else corruption.weight
         kl = (kl_weight * kl_elements.sum(-1)).sum() / num_items
-    if num_draws == 1:
-        loss = reconstruction_loss + model.kl_weight() * kl
-    else:
-        log_ratio = log_ratio.sum(-1) * has_latent[..., None]
-        evidence = model.kl_weight() * log_ratio - reconstruction
-        loss = (weight * (math.log(num_draws) - evidence.logsumexp(-1))).sum()
+    loss = reconstruction_loss + model.kl_weight() * kl
     if with_loops:
         earlier = outputs.hidden_states[config.num_hidden_layers : -1 : config.num_hidden_layers]  # before the norm
         length = batch.layout.num_blocks * batch.layout.width  # after the clean tokens
-        losses = [reconstruction_of(model.model.norm(state[:, -length:])).mean(-1) for state in earlier]
-        loss = loss + (weight * sum(losses)).sum() / len(earlier)
+        losses = [reconstruction_of(model.model.norm(state[:, -length:])) for state in earlier]
+        loss = loss + sum(losses) / len(earlier)
     per_latent = num_revealed.shape if config.block_size is not None else num_revealed.shape[:1]
     return Loss(
         loss=loss,
@@ -390,7 +371,7 @@ def variational_loss(
         kl_per_latent=None if kl_elements is None else kl_elements.sum(-1).detach().view(-1, *per_latent[1:]),
         posterior_shift=None if shift is None else shift.view(-1, *per_latent[1:], config.latent_size),
         outputs=outputs,
-        layout=rows.layout,
+        layout=batch.layout,
     )
 
 

@@ -85,7 +85,7 @@ class ModelArguments(ConfigArguments):
 class DataArguments:
     """What to train on."""
 
-    task: Literal["synthetic", "text", "sudoku", "receptors"] = "synthetic"
+    task: Literal["synthetic", "text", "sudoku", "receptors", "instructions"] = "synthetic"
     setting: str = field(default="d1", metadata={"help": "The synthetic joint distribution."})
     correlation: float | None = field(default=None, metadata={"help": "p of two_token_correlated."})
     num_train_rows: int = field(

@@ -48,11 +48,10 @@ class VMDPreTrainedModel(PreTrainedModel):
         Raises:
             OSError: if there are no weights, or they are not whole.
         """
-        name = pretrained_model_name_or_path
+        name, where = pretrained_model_name_or_path, {key: kwargs[key] for key in _WHERE if key in kwargs}
         try:
-            if name is None or kwargs.get("state_dict") is not None or not is_of_version_0_7(name, **kwargs):
+            if name is None or kwargs.get("state_dict") is not None or not is_of_version_0_7(name, **where):
                 return super().from_pretrained(name, *args, **kwargs)
-            where = {key: kwargs[key] for key in _WHERE if key in kwargs}
             config = kwargs.pop("config", None)
             if not isinstance(config, VMDConfig):
                 config, kwargs = VMDConfig.from_pretrained(config or name, return_unused_kwargs=True, **kwargs)
@@ -159,9 +158,8 @@ class VMDPreTrainedModel(PreTrainedModel):
             init.zeros_(module.kl_warmup_progress)
 
 
-def is_of_version_0_7(name: str | os.PathLike, config: Any = None, **kwargs: Any) -> bool:
+def is_of_version_0_7(name: str | os.PathLike, **where: Any) -> bool:
     """Whether a folder or Hub id holds a model whose weights have to be converted."""
-    where = {key: kwargs[key] for key in _WHERE if key in kwargs}
     try:
         values, _ = VMDConfig.get_config_dict(name, **where)
     except OSError:

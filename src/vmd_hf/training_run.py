@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .configuration_vmd import VMDConfig
+from .data.instructions import instruction_dataset, load_instructions
 from .data.receptors import SPLIT_SEEDS, receptor_dataset, receptor_sequences
 from .data.sudoku import SudokuCollator, generate_puzzles, puzzle_dataset, random_boards, sudoku_position_groups
 from .data.synthetic import synthetic_dataset
@@ -59,7 +60,6 @@ TRAINING_SETTINGS = {
     "loop_loss",
     "objective",
     "objective_steps",
-    "objective_draws",
     "left_to_right",
     "latent_min_tokens",
     "kl_weight",
@@ -83,7 +83,9 @@ TOKENIZER_DOCUMENTS = 10_000  # of a stream, on which a tokenizer is trained
 
 
 def read_documents(args: DataArguments) -> dict[str, list[str]] | dict[str, IterableDataset]:
-    """The documents of each split of the task text."""
+    """The documents of each split of a task with a source: texts, or rows of instructions."""
+    if args.task == "instructions":
+        return load_instructions(args.source, args.config_name, args.num_eval_rows)
     if not args.streaming:
         return load_documents(
             args.source, text_column=args.text_column, config_name=args.config_name, where=args.where
@@ -97,8 +99,10 @@ def build_tokenizer(
     args: DataArguments, model: str | None, documents: dict[str, list[str]] | dict[str, IterableDataset] | None
 ) -> PreTrainedTokenizerBase:
     """That of a given model (a folder or Hub id), or of a new one."""
-    if args.task != "text":
+    if args.task not in ("text", "instructions"):
         return task_tokenizer(args.task, model)
+    if args.task == "instructions":
+        return text_tokenizer(model, args.tokenizer)
     texts = documents["train"]
     if args.streaming:
         texts = (row["text"] for row in texts.take(TOKENIZER_DOCUMENTS))
@@ -133,6 +137,10 @@ def build_data(
         rows = puzzle_dataset(puzzles, solutions, tokenizer)
         train, validation = range(args.num_eval_rows, count), range(args.num_eval_rows)
         return rows.select(train), rows.select(validation)
+    if args.task == "instructions":
+        return tuple(
+            instruction_dataset(documents[name], tokenizer, args.sequence_length) for name in ("train", "validation")
+        )
     settings = tokenizer, args.sequence_length, args.documents
     if not args.streaming:
         splits = text_datasets(documents, *settings)
@@ -285,13 +293,13 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     resume = checkpoint_to_resume(training_args)
     use_one_device(training_args)
     set_seed(training_args.seed)
-    documents = read_documents(data_args) if data_args.task == "text" else None
+    documents = read_documents(data_args) if data_args.task in ("text", "instructions") else None
     if resume:  # one that was trained with the model is not trained again
         tokenizer = load_tokenizer(resume)
     else:
         tokenizer = build_tokenizer(data_args, model_args.model_name_or_path, documents)
     rows, validation = build_data(data_args, tokenizer, documents, training_args.seed)
-    length = data_args.sequence_length if data_args.task == "text" else len(rows[0]["input_ids"])
+    length = data_args.sequence_length if documents is not None else len(rows[0]["input_ids"])
     # From a checkpoint of its last step the Trainer would do one more.
     finished = (
         resume and TrainerState.load_from_json(f"{resume}/trainer_state.json").global_step >= training_args.max_steps

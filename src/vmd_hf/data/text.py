@@ -196,14 +196,18 @@ def text_datasets(
 
 
 def collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """A batch of rows, all of which is to be learned, padding aside. (`DataCollatorForLanguageModeling(tokenizer,
-    mlm=False)` would not learn the end of a text where it is the pad token, too.)"""
+    """A batch of rows; without labels of their own, all is to be learned, padding aside.
+    (`DataCollatorForLanguageModeling(tokenizer, mlm=False)` would not learn the end of a text where it is the pad
+    token, too.)"""
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    batch = {name: pad_sequence([row[name] for row in rows], True, pad_token_id) for name in rows[0]}
+    batch = {
+        name: pad_sequence([row[name] for row in rows], True, -100 if name == "labels" else pad_token_id)
+        for name in rows[0]
+    }
     real = torch.arange(int(lengths.max())) < lengths[:, None]
-    if real.all():
-        return batch | {"labels": batch["input_ids"]}
-    return batch | {"labels": batch["input_ids"].masked_fill(~real, -100), "attention_mask": real.long()}
+    if "labels" not in batch:
+        batch["labels"] = batch["input_ids"] if real.all() else batch["input_ids"].masked_fill(~real, -100)
+    return batch if real.all() else batch | {"attention_mask": real.long()}
 
 
 def spaced_indices(count: int, wanted: int) -> list[int]:
