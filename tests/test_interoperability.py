@@ -60,9 +60,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind, use_reentrant):
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
-def test_the_loss_is_compiled_as_one_graph():
+@pytest.mark.parametrize("kind", ["whole", "chain"])
+def test_the_loss_is_compiled_as_one_graph(kind):
     """Labels are checked without a break. (That of `nonzero` goes where torch is told to capture its shape.)"""
-    model, input_ids = tiny_model(num_hidden_layers=1).train(), digits(3, 8)
+    model, input_ids = tiny_model(num_hidden_layers=1, **KINDS[kind]).train(), digits(3, 8)
     torch.manual_seed(0)
     expected = model(input_ids=input_ids, labels=input_ids).loss
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
