@@ -7,9 +7,9 @@ Needs olga (pip install vmd_hf[olga], GPL-3), which draws the sequences and know
 have the same size (a VMD also has its latent path), the same data in the same order and about the same training time.
 Of 1,000 test sequences it reports the bits a sequence, exact or a bound, of samplers of 1, 2, 4, 8 and 28 steps less
 the true ones, paired; and of 1,000 samples of each how many are possible, and their true probabilities beside those of
-real sequences. Prints tables and writes `results.json`. A row that is there already is not trained or evaluated again,
-and one that was interrupted goes on from its last checkpoint; so a folder is of one recipe and of the same arguments.
-All other arguments are those of train_vmd.py, and change every row.
+real sequences. Prints tables, draws bits over forward passes and writes `results.json`. A row that is there already is
+not trained or evaluated again, and one that was interrupted goes on from its last checkpoint; so a folder is of one
+recipe and of the same arguments. All other arguments are those of train_vmd.py, and change every row.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 import yaml
 
@@ -25,6 +26,9 @@ from vmd_hf.evaluation.comparison import Rows, claim, results_in, train_row, tra
 from vmd_hf.evaluation.receptors import evaluate_receptor_bounds, evaluate_receptor_samples, mean_and_error
 from vmd_hf.evaluation.tables import print_table, write_json
 from vmd_hf.hub import default_device, load_model
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 RECIPES = Path(__file__).parent / "recipes"
 NUM_STEPS = (1, 2, 4, 8, ROW_LENGTH)
@@ -102,6 +106,29 @@ def sample_lines(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def draw_frontier(results: list[dict[str, Any]], path: Path) -> None:
+    """Bits above the truth over forward passes, a line for each row (and seed), in random order."""
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for result in results:
+        lowest: dict[int, dict[str, Any]] = {}
+        for bound in result["bounds"]:
+            if bound["order"] in (None, "random"):
+                best = lowest.setdefault(bound["num_steps"], bound)
+                lowest[bound["num_steps"]] = min(best, bound, key=lambda each: each["above"])
+        steps = sorted(lowest)
+        above = [lowest[number]["above"] for number in steps]
+        errors = [lowest[number]["high"] - lowest[number]["above"] for number in steps]
+        colour = f"C{list(ROWS).index(result['row'])}"
+        axis.errorbar(steps, above, errors, marker="o", capsize=3, color=colour, label=result["row"])
+    axis.set(xscale="log", yscale="log", xlabel="forward passes a sequence", ylabel="bits a sequence above the truth")
+    axis.set_xticks(NUM_STEPS, [str(number) for number in NUM_STEPS])
+    axis.set_yticks([2, 3, 5, 10, 20], ["2", "3", "5", "10", "20"])
+    axis.minorticks_off()
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
@@ -134,7 +161,8 @@ def main(argv: list[str]) -> None:
     print_table("Samples: the share that is possible, distinct ones among these, true -log2 p", sample_lines(results))
     print_table("Training", training_lines(results))
     write_json(output_dir / "results.json", results)
-    print(f"results: {output_dir}/results.json")
+    draw_frontier(results, figure := output_dir / "frontier.png")
+    print(f"frontier: {figure}; results: {output_dir}/results.json")
 
 
 if __name__ == "__main__":
