@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from helpers import MASK, PAD, digits, of_the_same_weights, pad_row, tiny_model
+from helpers import MASK, PAD, digits, normal, of_the_same_weights, pad_row, tiny_model, uniform
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vmd_hf import chain_vmd
 from vmd_hf.blocks_vmd import AttentionChunks, join_token_indices
 
 # --- attention in chunks ---------------------------------------------------------------------------------------------
@@ -184,3 +185,63 @@ def test_generation_with_weights_in_bfloat16(kind, layout):
         assert outputs[0].confidences.dtype == torch.float32
         same = outputs[0].sequences == outputs[1].sequences
         torch.testing.assert_close(outputs[0].confidences[same], outputs[1].confidences[same], rtol=0.2, atol=0.05)
+
+
+# --- the chain -------------------------------------------------------------------------------------------------------
+
+
+def doubles(*shape, seed):
+    return normal(*shape, seed=seed).double().requires_grad_()
+
+
+@pytest.mark.parametrize("chunk", [1, 2**18])
+def test_gradients_of_the_chain_agree_with_finite_differences(monkeypatch, chunk):
+    monkeypatch.setattr(chain_vmd, "_CHUNK", chunk)
+    state, scores, features, kernels = (
+        doubles(*shape, seed=seed) for seed, shape in enumerate([(5, 3), (5, 3), (5, 2), (2, 9)])
+    )
+    arguments = state, scores, features, kernels
+    assert torch.autograd.gradcheck(chain_vmd.Transition.apply, arguments)
+    matrix = ((features @ kernels).view(5, 3, 3) + scores[:, None]).softmax(-1)
+    torch.testing.assert_close(chain_vmd.Transition.apply(*arguments), torch.einsum("pi,pij->pj", state, matrix))
+
+    gate, pairs, logits = (doubles(*shape, seed=seed) for seed, shape in enumerate([(5, 2), (2, 3 * 4), (5, 4)]))
+    tokens = torch.tensor([0, 3, 1, 1, 2])
+    arguments = gate, pairs, logits, tokens
+    assert torch.autograd.gradcheck(chain_vmd.TokenLogProbs.apply, arguments)
+    log_probs = ((gate @ pairs).view(5, 3, 4) + logits[:, None]).log_softmax(-1)
+    torch.testing.assert_close(
+        chain_vmd.TokenLogProbs.apply(*arguments),
+        torch.stack([log_probs[i, :, token] for i, token in enumerate(tokens)]),
+    )
+
+
+def test_matrices_where_they_are_used_are_the_matrices():
+    """Random masks of 40 groups, with and without documents that restart, and groups in which nothing is masked."""
+    model = tiny_model(latent_type="chain", latent_size=5)
+    hidden_states, emissions = normal(40, 9, 32), -normal(40, 9, 5).abs()
+    masked = uniform(40, 9) < torch.linspace(0, 1, 40)[:, None]
+    scored = masked & (uniform(40, 9, seed=1) < 0.6)
+    assert not masked[0].any() and masked[-1].all()
+    for restarts in (None, uniform(40, 9, seed=2) < 0.3):
+        found = []
+        for where in (None, masked):
+            leaf = hidden_states.clone().requires_grad_()
+            transitions = model.chain.transitions(leaf, restarts, where)
+            assert isinstance(transitions.matrix, torch.Tensor) == (where is None)
+            log_probs = chain_vmd.chain_log_probs(transitions, emissions, masked, scored)
+            marginals = chain_vmd.state_marginals(transitions, masked)[masked]
+            model.zero_grad()
+            (log_probs.sum() + (marginals * normal(5)).sum()).backward()
+            gradients = [parameter.grad for parameter in model.chain.parameters() if parameter.grad is not None]
+            found.append((log_probs, marginals, leaf.grad, *gradients))
+        assert len(found[0]) == 3 + 7  # start, table, kernels, and two layers that read the hidden states
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_logits_of_forbidden_tokens_have_no_gradient():
+    model = tiny_model(latent_type="chain", latent_size=3)
+    hidden_states, tokens = normal(4, 32).requires_grad_(), torch.tensor([1, 2, 3, 4])
+    model.chain.emission_log_probs(hidden_states, model.compute_logits(hidden_states), tokens).sum().backward()
+    gradients = [hidden_states.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+    assert all(gradient.isfinite().all() for gradient in gradients) and len(gradients) > 4

@@ -20,8 +20,9 @@ share one joint distribution. One state is the model without a latent.
 Everything is computed in float32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -31,6 +32,7 @@ from .latents_vmd import input_dtype
 
 NUM_KERNELS = 8
 _SMALLEST = 1e-30  # of a probability: keeps logarithms finite
+_CHUNK = 2**18  # numbers that a CPU works on before it goes on to the next ones: 1 MB, for its cache
 
 
 @dataclass
@@ -39,19 +41,95 @@ class Transitions:
 
     Attributes:
         start: (groups, n, K), pi where a column is the first masked one.
-        matrix: (groups, n - 1, K, K), T of all columns but the first.
+        matrix: (groups, n - 1, K, K), T of all columns but the first; or for each of these columns a function that
+            multiplies states (groups, K) by it.
         restarts: (groups, n) bool, where a new document begins with a chain of its own; `None`: nowhere.
     """
 
     start: torch.Tensor
-    matrix: torch.Tensor
+    matrix: torch.Tensor | list[Callable[[torch.Tensor], torch.Tensor]]
     restarts: torch.Tensor | None = None
 
-    def columns(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
+    def columns(self) -> Iterator[tuple]:
         """(start, matrix, restarts) of each column. (Unbound at once: a gradient for each column would be as large as
         that of all.)"""
         restarts = [None] * self.start.shape[1] if self.restarts is None else self.restarts.unbind(1)
-        yield from zip(self.start.unbind(1), (None, *self.matrix.unbind(1)), restarts, strict=True)
+        matrices = self.matrix.unbind(1) if isinstance(self.matrix, torch.Tensor) else self.matrix
+        yield from zip(self.start.unbind(1), (None, *matrices), restarts, strict=True)
+
+
+def chunks(rows: torch.Tensor, width: int) -> list[slice]:
+    """Of rows for each of which `width` numbers are computed: as many as are computed with at a time."""
+    size = max(_CHUNK // width, 1) if rows.device.type == "cpu" else max(len(rows), 1)
+    return [slice(start, start + size) for start in range(0, len(rows), size)]
+
+
+class Transition(torch.autograd.Function):
+    """`state @ softmax(features @ kernels + scores)`, a step of the recursion for each row: of the matrices only
+    these softmaxes are kept, and their gradients are never there all at once.
+
+    state: (rows, K); scores: (rows, K), of the states that are entered; features: (rows, F); kernels: (F, K * K).
+    """
+
+    @staticmethod
+    def forward(ctx, state, scores, features, kernels):
+        size = state.shape[-1]
+        matrix = state.new_empty(len(state), size, size)
+        for rows in chunks(state, size**2):
+            logits = (features[rows] @ kernels).view(-1, size, size)
+            torch.softmax(logits.add_(scores[rows, None]), -1, out=matrix[rows])
+        ctx.save_for_backward(state, features, kernels, matrix)
+        return torch.bmm(state[:, None], matrix)[:, 0]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        state, features, kernels, matrix = ctx.saved_tensors
+        of_state = torch.bmm(matrix, gradient[..., None])[..., 0]
+        of_scores, of_features, of_kernels = (
+            torch.empty_like(state),
+            torch.empty_like(features),
+            torch.zeros_like(kernels),
+        )
+        for rows in chunks(state, state.shape[-1] ** 2):
+            of_logits = matrix[rows] * state[rows, :, None]
+            of_logits *= gradient[rows, None] - of_state[rows, :, None]
+            of_scores[rows] = of_logits.sum(1)
+            of_logits = of_logits.flatten(1)
+            of_features[rows] = of_logits @ kernels.T
+            of_kernels.addmm_(features[rows].T, of_logits)
+        return of_state, of_scores, of_features, of_kernels
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """`log_softmax(logits[:, None] + gate @ pairs, -1)` at a token of each position, (positions, K).
+
+    gate: (positions, rank); pairs: (rank, K * vocabulary); logits: (positions, vocabulary); tokens: (positions,).
+    """
+
+    @staticmethod
+    def forward(ctx, gate, pairs, logits, tokens):
+        num_states = pairs.shape[1] // logits.shape[1]
+        log_probs = logits.new_empty(len(logits), num_states, logits.shape[1])
+        for rows in chunks(gate, pairs.shape[1]):
+            tilted = (gate[rows] @ pairs).view(-1, num_states, logits.shape[1])
+            torch.log_softmax(tilted.add_(logits[rows, None]), -1, out=log_probs[rows])
+        index = tokens[:, None, None].expand(-1, num_states, 1)
+        ctx.save_for_backward(gate, pairs, log_probs, index)
+        return log_probs.gather(-1, index).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gate, pairs, log_probs, index = ctx.saved_tensors
+        of_gate, of_pairs = torch.empty_like(gate), torch.zeros_like(pairs)
+        of_logits = log_probs.new_empty(len(gate), log_probs.shape[-1])
+        for rows in chunks(gate, pairs.shape[1]):
+            of_tilted = log_probs[rows].exp().mul_(-gradient[rows, :, None])
+            of_tilted.scatter_add_(-1, index[rows], gradient[rows, :, None])
+            of_logits[rows] = of_tilted.sum(1)
+            of_tilted = of_tilted.flatten(1)
+            of_gate[rows] = of_tilted @ pairs.T
+            of_pairs.addmm_(gate[rows].T, of_tilted)
+        return of_gate, of_pairs, of_logits, None
 
 
 class VMDChain(nn.Module):
@@ -71,14 +149,27 @@ class VMDChain(nn.Module):
         self.state_vectors = nn.Parameter(torch.empty(self.num_states, rank))  # U
         self.token_vectors = nn.Parameter(torch.empty(config.vocab_size, rank))  # V
 
-    def transitions(self, hidden_states: torch.Tensor, restarts: torch.Tensor | None = None) -> Transitions:
-        """Of hidden states (groups, n, hidden)."""
+    def transitions(
+        self,
+        hidden_states: torch.Tensor,
+        restarts: torch.Tensor | None = None,
+        masked: torch.Tensor | None = None,
+    ) -> Transitions:
+        """Of hidden states (groups, n, hidden). With `masked` (groups, n), the matrices are not made before they are
+        used, and only where a column and one before it are masked: elsewhere the states stay as they are."""
         scores = self._project(self.state_proj, hidden_states)
         start = (scores + self.start.float()).softmax(-1)
         weights = self._project(self.kernel_proj, hidden_states[:, 1:])  # no state comes before the first column
-        logits = torch.addmm(self.table.float().flatten(), weights.flatten(0, 1), self.kernels.float().flatten(1))
-        logits = logits.view(*weights.shape[:2], self.num_states, self.num_states).add_(scores[:, 1:, None])
-        return Transitions(start, logits.softmax(-1), restarts)
+        features = nn.functional.pad(weights, (1, 0), value=1.0)
+        kernels = torch.cat([self.table[None], self.kernels]).float().flatten(1)  # (1 + kernels, K * K)
+        if masked is not None:
+            used = masked[:, 1:] & masked.cumsum(-1)[:, :-1].bool()
+            columns, groups = used.T.nonzero().unbind(-1)
+            parts = scores[groups, columns + 1], features[groups, columns], groups
+            columns = zip(*(part.split(used.sum(0).tolist()) for part in parts), strict=True)
+            return Transitions(start, [partial(move, kernels, *column) for column in columns], restarts)
+        logits = (features.flatten(0, 1) @ kernels).view(*weights.shape[:2], self.num_states, self.num_states)
+        return Transitions(start, logits.add_(scores[:, 1:, None]).softmax(-1), restarts)
 
     def _project(self, layer: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
         return layer(hidden_states.to(input_dtype(layer))).float()
@@ -93,10 +184,9 @@ class VMDChain(nn.Module):
     ) -> torch.Tensor:
         """log p(token | s) for each state, (positions, K), of hidden states (positions, hidden), the denoiser's logits
         (positions, vocabulary) and tokens (positions,) int64."""
+        if logits.shape[-1] <= self.num_candidates:
+            return TokenLogProbs.apply(self._gate(hidden_states), self._pairs(), logits.float(), tokens)
         tilted, normaliser, candidates = self._tilted(hidden_states, logits)
-        if candidates is None:
-            index = tokens[:, None, None].expand(-1, self.num_states, 1)
-            return tilted.gather(-1, index).squeeze(-1) - normaliser
         found = candidates == tokens[:, None]  # (positions, candidates)
         place = found.long().argmax(-1)[:, None, None].expand(-1, self.num_states, 1)
         other = logits.float().gather(-1, tokens[:, None])  # (positions, 1)
@@ -120,6 +210,14 @@ class VMDChain(nn.Module):
             return mixed
         return (logits.float() + log_weights.logsumexp(-1, keepdim=True)).scatter(-1, candidates, mixed)
 
+    def _gate(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """1 + e, (positions, rank)."""
+        return 1 + self._project(self.tilt_proj, hidden_states)
+
+    def _pairs(self) -> torch.Tensor:
+        """U V of each state and token, (rank, K * vocabulary)."""
+        return (self.centred_states()[:, None] * self.token_vectors.float()).flatten(0, 1).T
+
     def _tilted(
         self, hidden_states: torch.Tensor, logits: torch.Tensor, states: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -127,12 +225,11 @@ class VMDChain(nn.Module):
         vocabulary (positions, K), and the candidates (positions, candidates), `None` for all tokens. With `states`
         (positions,) K is 1, that state."""
         logits = logits.float()
-        gate = 1 + self._project(self.tilt_proj, hidden_states)  # (positions, rank)
+        gate = self._gate(hidden_states)
         vectors, tokens = self.centred_states(), self.token_vectors.float()
         if logits.shape[-1] <= self.num_candidates:
             if states is None:
-                pairs = (vectors[:, None] * tokens).flatten(0, 1)  # (K * vocabulary, rank)
-                tilts = (gate @ pairs.T).unflatten(-1, (self.num_states, -1))
+                tilts = (gate @ self._pairs()).unflatten(-1, (self.num_states, -1))
             else:
                 tilts = ((gate * vectors[states]) @ tokens.T)[:, None]
             tilted = tilts + logits[:, None]
@@ -148,11 +245,16 @@ class VMDChain(nn.Module):
         return tilted, normaliser, top.indices
 
 
+def move(kernels, scores, features, groups, state: torch.Tensor) -> torch.Tensor:
+    """States (groups, K) after a column at which those of some `groups` move: see `Transition`."""
+    return state.index_copy(0, groups, Transition.apply(state[groups], scores, features, kernels))
+
+
 def advance(
     state: torch.Tensor,
     begun: torch.Tensor,
     start: torch.Tensor,
-    matrix: torch.Tensor | None,
+    matrix: torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None,
     restarts: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities of the states before a column, (groups, K), to those at it; and `begun` (groups, 1) bool, whether
@@ -161,7 +263,8 @@ def advance(
         begun = begun & ~restarts[:, None]
     if matrix is None:
         return start, begun
-    return torch.where(begun, torch.bmm(state[:, None], matrix)[:, 0], start), begun
+    moved = torch.bmm(state[:, None], matrix)[:, 0] if isinstance(matrix, torch.Tensor) else matrix(state)
+    return torch.where(begun, moved, start), begun
 
 
 def chain_log_probs(

@@ -238,7 +238,7 @@ def chain_cross_entropy(
     """
     with torch.autocast(hidden_states.device.type, enabled=False):
         hidden_states = batch.layout.blocks(hidden_states).flatten(0, 1)
-        transitions = model.chain.transitions(hidden_states, batch.layout.restarts())
+        transitions = model.chain.transitions(hidden_states, batch.layout.restarts(), masked.flatten(0, 1))
         index = scored.flatten().nonzero().squeeze(-1)
         states = hidden_states.flatten(0, 1)[index]
         log_probs = model.chain.emission_log_probs(states, model.compute_logits(states), batch.x_0.flatten()[index])
@@ -271,8 +271,10 @@ def marginal_logits(model, hidden_states: torch.Tensor, batch: CleanBatch, maske
     logits = model.compute_logits(hidden_states[masked]).float()
     if model.chain is None:
         return logits
-    transitions = model.chain.transitions(hidden_states.flatten(0, 1), batch.layout.restarts())
-    states = state_marginals(transitions, masked.flatten(0, 1)).view(*masked.shape, -1)
+    in_groups = masked.flatten(0, 1)
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        transitions = model.chain.transitions(hidden_states.flatten(0, 1), batch.layout.restarts(), in_groups)
+        states = state_marginals(transitions, in_groups).view(*masked.shape, -1)
     return model.chain.marginal_log_probs(hidden_states[masked], logits, states[masked])
 
 
