@@ -11,6 +11,36 @@ from vmd_hf import VMDConfig, VMDForMaskedDiffusion
 MASK, PAD = 10, 11  # digits are 0 to 9
 
 OBJECTIVES = ("vmd", "per_sample", "per_step")
+GRID = [[i // 4 for i in range(16)], [i % 4 for i in range(16)]]
+POSITIONS = {
+    "both": {"position_embedding_type": "both"},
+    "rotary": {"position_embedding_type": "rotary"},
+    "learned": {"position_embedding_type": "learned"},
+    "groups": {"position_embedding_type": "none", "position_groups": GRID},
+    "group bias": {"position_embedding_type": "none", "position_groups": GRID, "position_group_bias": True},
+}
+PER_POSITION = {"latent_input": "position_slices", "latent_size": 48}  # three for each of sixteen positions
+KINDS = {
+    "whole": {},
+    "whole, no latent": {"latent_size": 0},
+    "whole, chain": {"latent_type": "chain", "latent_size": 3},
+    "blocks": {"block_size": 3},
+    "blocks, no latent": {"block_size": 3, "latent_size": 0},
+    "blocks, learned prior": {"block_size": 3, "prior": "learned"},
+    "blocks, chain": {"block_size": 3, "latent_type": "chain", "latent_size": 3},
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_objective = pytest.mark.parametrize(
+    ("kind", "objective"),
+    [
+        (kind, objective)
+        for kind in KINDS
+        for objective in OBJECTIVES
+        if ("chain", "per_sample") != (kind[-5:], objective)
+    ],
+)
+SCALARS = ("loss", "reconstruction_loss", "kl")
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def tiny_config(**overrides) -> VMDConfig:
@@ -68,6 +98,74 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def num_blocks_of(model, length: int) -> tuple[int, ...]:
+    """Of what there is one for each row, or for each block of a row of that length: the dimensions after the batch."""
+    size = model.config.block_size
+    return () if size is None else (-(-length // size),)
+
+
+def latents_for(model, batch_size: int, length: int, seed: int = 0) -> torch.Tensor | None:
+    size = model.config.gaussian_size
+    return normal(batch_size, *num_blocks_of(model, length), size, seed=seed) if size else None
+
+
+def noise_for(model, batch_size: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Explicit noise for `forward`."""
+    noise = {
+        "times": uniform(batch_size, *num_blocks_of(model, length), seed=seed + 11).clamp(min=0.05),
+        "position_noise": uniform(batch_size, length, seed=seed + 12),
+    }
+    if model.config.gaussian_size:
+        noise["latent_noise"] = latents_for(model, batch_size, length, seed + 13)
+    return noise
+
+
+def some_masked(input_ids: torch.Tensor, seed: int = 7) -> torch.Tensor:
+    return input_ids.masked_fill(uniform(*input_ids.shape, seed=seed) < 0.5, MASK)
+
+
+def loss_batch(batch_size: int = 6, length: int = 7) -> dict[str, torch.Tensor]:
+    """Rows with padding on both sides and context in places, one of nothing but context, and one of padding."""
+    input_ids, attention_mask = digits(batch_size, length), torch.ones(batch_size, length, dtype=torch.long)
+    attention_mask[1, :2] = 0
+    attention_mask[2, 4:] = 0
+    attention_mask[5] = 0
+    input_ids[attention_mask == 0] = PAD
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    labels[0, :4] = labels[1, 3] = labels[3, 0] = labels[3, 5] = -100
+    labels[4] = -100
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def gradients_of(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of the parameters that have one, none of them infinite."""
+    model.zero_grad()
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    for name, gradient in gradients.items():
+        assert gradient.isfinite().all(), name
+    return gradients
+
+
+def assert_gradients_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        tolerance = {"rtol": 1e-4, "atol": 1e-5 * max(1.0, gradient.abs().max().item())}
+        torch.testing.assert_close(actual[name], gradient, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def spy_on_noisy_inputs(model) -> list[torch.Tensor]:
+    """The list to which every x_t (on its grid) is appended that the denoiser is called with."""
+    seen = []
+
+    def record(module, args, kwargs):
+        if not kwargs.get("clean"):
+            seen.append((args[0] if args else kwargs["input_ids"]).clone())
+
+    model.model.register_forward_pre_hook(record, with_kwargs=True)
+    return seen
+
+
 def pad_row(row: torch.Tensor, length: int, side: str, value: int) -> torch.Tensor:
     """(tokens,) to (1, length), padded on the "left" or on the "right"."""
     padding = row.new_full((length - len(row),), value)
@@ -86,14 +184,6 @@ def posterior_of_row(
     context = model.model.attention_context(embeddings, None, position_ids)
     mean, log_variance = model.latent_encoder(embeddings, flags[0], flags[1], position_ids, context)
     return mean[0], log_variance[0]
-
-
-def scored_by_hand(config: VMDConfig, masked: list[int], revealed: list[int]) -> tuple[list[int], float]:
-    """The tokens whose cross-entropies a step adds up, and the share of their sum that counts: its expectation over
-    the tokens that it reveals, unless a latent was told of them."""
-    if config.objective == "per_step" and config.latent_size and len(revealed) >= config.latent_min_tokens:
-        return revealed, 1.0
-    return masked, len(revealed) / len(masked)
 
 
 def padded_batch():

@@ -273,9 +273,9 @@ def test_models_without_an_encoder_or_a_head_are_errors():
         VMDForMaskedDiffusion.from_masked_lm(electra, mask_token_id=MASK)
 
 
-@pytest.mark.parametrize("settings", [{"block_size": 2}, {"num_loops": 2}])
-def test_a_backbone_with_blocks_or_loops_is_an_error(settings):
-    with pytest.raises(ValueError, match="a backbone reads whole sequences, once"):
+@pytest.mark.parametrize("settings", [{"prior": "learned", "block_size": 2}, {"num_loops": 2}])
+def test_a_backbone_with_loops_or_a_learned_prior_is_an_error(settings):
+    with pytest.raises(ValueError, match="a backbone is run through once and has no prior of its own"):
         VMDForMaskedDiffusion.from_masked_lm(bert(), mask_token_id=MASK, **settings)
 
 

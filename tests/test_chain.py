@@ -33,16 +33,22 @@ def transitions_of(model, input_ids, masked):
 
 def repeated(transitions, number, row=0):
     """The transitions of one row as those of many."""
-    parts = (transitions.start, transitions.matrix)
-    return Transitions(*(part[[row]].expand(number, *part.shape[1:]) for part in parts))
+    parts = (transitions.start, transitions.scores, transitions.weights)
+    return Transitions(*(part[[row]].expand(number, *part.shape[1:]) for part in parts), transitions.kernels)
+
+
+def matrices(transitions):
+    """T of each column."""
+    return [column.matrix() for column in transitions.columns()]
 
 
 def paths(transitions, masked):
     """Every path of states of the masked columns with its probability, by multiplication."""
+    matrix = matrices(transitions)
     for path in itertools.product(range(transitions.start.shape[2]), repeat=len(masked)):
         probability = transitions.start[0, masked[0], path[0]].item()
         for place in range(1, len(masked)):
-            probability *= transitions.matrix[0, masked[place] - 1, path[place - 1], path[place]].item()
+            probability *= matrix[masked[place]][0, path[place - 1], path[place]].item()
         yield path, probability
 
 
@@ -166,10 +172,11 @@ def test_long_chains_agree_with_a_recursion_over_logarithms_in_double_precision(
         transitions = model.chain.transitions(hidden_states)
         every = torch.ones(2, length, dtype=torch.bool)
         found = chain_log_probs(transitions, emissions, every, every).sum(-1)
+        matrix_of = matrices(transitions)
         for row in range(2):
             alpha = transitions.start[row, 0].double().log() + emissions[row, 0].double()
             for column in range(1, length):
-                matrix = transitions.matrix[row, column - 1].double().log()
+                matrix = matrix_of[column][row].double().log()
                 alpha = (alpha[:, None] + matrix).logsumexp(0) + emissions[row, column].double()
             assert found[row].item() == pytest.approx(alpha.logsumexp(0).item(), rel=1e-5)
 

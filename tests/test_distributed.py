@@ -24,6 +24,7 @@ SCRIPTS = Path(train_vmd.__file__).parent
 CONFIGS = SCRIPTS / "accelerate_configs"
 # Of blocks, the figures of latents count those of padding, too, of which there is less in half a batch.
 BLOCKS = {"block_size": 2, "prior": "learned"}
+CHAIN = {"block_size": 2, "latent_type": "chain", "objective": "per_step"}
 UNEVEN = {"num_rows": 10, "batch_size": 4, "num_eval_rows": 5, "max_steps": -1, "num_train_epochs": 1, "eval_steps": 9}
 UNEVEN |= {"eval_strategy": "epoch", "save_strategy": "no", "learning_rate": 0.0}
 NOT_SAVED = {"save_strategy": "no"}
@@ -92,12 +93,14 @@ CHECKPOINT_FILES = ("checkpoint-3/model.safetensors", "checkpoint-3/training_wei
 def test_data_parallel_trains_evaluates_and_resumes_as_one_process(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     whole, blocks = train(one / "whole"), train(one / "blocks", BLOCKS, ema=False)
+    chain = train(one / "chain", CHAIN, ema=False)
     uneven = train(one / "uneven", ema=False, **UNEVEN)
     jobs = [
         {"folder": two / "whole"},
         {"folder": two / "blocks", "model": BLOCKS, "ema": False},
         {"folder": two / "resumed", "resume": one / "whole" / "checkpoint-3", **NOT_SAVED},
         {"folder": two / "uneven", "ema": False, **UNEVEN},
+        {"folder": two / "chain", "model": CHAIN, "ema": False},
         {"losses_of_processes": two / "plain"},
     ]
     *results, plain = launch_jobs("cpu_2.yaml", jobs, tmp_path)
@@ -111,6 +114,7 @@ def test_data_parallel_trains_evaluates_and_resumes_as_one_process(tmp_path):
     assert_same_weights(two / "whole", one / "whole", *CHECKPOINT_FILES)
     assert_same_training(results[1], blocks, (two / "blocks", one / "blocks"), LOSSES)
     assert_same_training(results[2], whole, (two / "resumed", one / "whole"))
+    assert_same_training(results[4], chain, (two / "chain", one / "chain"), LOSSES)
     resumed = train(one / "resumed", resume=str(two / "whole" / "checkpoint-3"), **NOT_SAVED)
     assert_same_training(resumed, whole, (one / "resumed", one / "whole"))
 
@@ -130,6 +134,7 @@ def test_data_parallel_trains_evaluates_and_resumes_as_one_process(tmp_path):
 def test_fsdp_trains_evaluates_and_resumes_as_one_process(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     whole, blocks = train(one / "whole"), train(one / "blocks", BLOCKS, ema=False)
+    chain = train(one / "chain", CHAIN, ema=False)
     for index in range(12):
         (tmp_path / f"{index}.txt").write_text("the quick brown fox jumps over the lazy dog " * (5 + index))
     script = [SCRIPTS / "recipes" / "sotu.yaml", f"--source={tmp_path}", f"--output_dir={two / 'script'}", *SCRIPT]
@@ -141,6 +146,7 @@ def test_fsdp_trains_evaluates_and_resumes_as_one_process(tmp_path):
         {"folder": two / "sharded-resumed", "resume": two / "sharded" / "checkpoint-3", "sharded": True, **NOT_SAVED},
         {"folder": two / "half", "model": BLOCKS, "ema": False, "bf16": True},
         {"argv": list(map(str, script))},
+        {"folder": two / "chain", "model": CHAIN, "ema": False},
         {"folder": two / "spoiled", "ema": False, "spoiled_rank": 1, **NOT_SAVED},
     ]
     results = launch_jobs("fsdp2.yaml", jobs, tmp_path)
@@ -150,6 +156,7 @@ def test_fsdp_trains_evaluates_and_resumes_as_one_process(tmp_path):
     for index, name in ((0, "whole"), (2, "resumed"), (3, "sharded"), (4, "sharded-resumed")):
         assert_same_training(results[index], whole, (two / name, one / "whole"))
     assert_same_training(results[1], blocks, (two / "blocks", one / "blocks"), LOSSES)
+    assert_same_training(results[7], chain, (two / "chain", one / "chain"), LOSSES)
     assert results[5]["log"][0]["loss"] == pytest.approx(blocks["log"][0]["loss"], rel=0.02)  # generates in bf16, too
     assert_same_weights(two / "whole", one / "whole", *CHECKPOINT_FILES)
     assert_same_weights(two / "sharded", one / "whole", CHECKPOINT_FILES[1])

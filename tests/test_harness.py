@@ -15,8 +15,8 @@ from test_cli import run
 from test_model_cards import CARDS
 
 from vmd_hf import nelbo
+from vmd_hf.data.characters import character_tokenizer
 from vmd_hf.data.synthetic import synthetic_tokenizer
-from vmd_hf.data.text import character_tokenizer
 from vmd_hf.harness import VMDLM, cut, request_seed, rolling_windows
 
 D1 = str(CARDS / "vmd-d1")
@@ -152,6 +152,17 @@ def test_a_loglikelihood_is_minus_the_bound(settings, num_samples):
         )
         ((score, _),) = model.loglikelihood(requests("loglikelihood", [pair]), True)
         assert score == pytest.approx(-float(output.nelbo), rel=1e-6, abs=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"latent_size": 0}, {"latent_type": "chain", "block_size": 4}])
+@pytest.mark.parametrize("order", ["left_to_right", "entropy"])
+def test_the_order_of_the_sampler_is_that_of_the_bound(settings, order):
+    model = harness(settings, num_steps=3, order=order)
+    ((score, _),) = model.loglikelihood(requests("loglikelihood", [("12", "34567")]), True)
+    ids = torch.arange(1, 8)[None]
+    labels = ids.masked_fill(ids < 3, -100)
+    exact = {each: nelbo(model.model, ids, labels, num_steps=3, order=each).nelbo for each in ("random", order)}
+    assert score == pytest.approx(-float(exact[order]), rel=1e-6) and score != pytest.approx(-float(exact["random"]))
 
 
 def log_probabilities(model, ids, masked):

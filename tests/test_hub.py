@@ -7,16 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import tiny_config
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig
 
 import vmd_hf
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion, VMDGenerationConfig, VMDModel
+from vmd_hf.data.characters import character_tokenizer
 from vmd_hf.data.synthetic import synthetic_tokenizer
-from vmd_hf.data.text import character_tokenizer
 from vmd_hf.hub import check_model, check_tokenizer, encode_text, export_model, load_model, load_tokenizer
 
 CODE = {path.name for path in Path(vmd_hf.__file__).parent.glob("*_vmd.py")}
 WEIGHTS = {"config.json", "generation_config.json", "model.safetensors"}
+
+
+GROUPS = [[0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 2, 3, 0, 1, 2, 3]]
 
 
 def small_model(tokenizer=None, **changes):
@@ -24,18 +28,14 @@ def small_model(tokenizer=None, **changes):
     tokenizer = tokenizer or synthetic_tokenizer()
     settings = {
         "vocab_size": len(tokenizer),
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": 8,
-        "latent_size": 3,
-        "conditioning_size": 8,
-        "kl_warmup_steps": 10,
         "mask_token_id": tokenizer.mask_token_id,
         "pad_token_id": tokenizer.pad_token_id,
+        "max_position_embeddings": 8,
+        "latent_size": 3,
+        "kl_warmup_steps": 10,
     }
-    model = VMDForMaskedDiffusion(VMDConfig(**(settings | changes))).eval()
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    model = VMDForMaskedDiffusion(tiny_config(**sizes | settings | changes)).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -85,7 +85,9 @@ def read_config(folder):
         {"latent_size": 0},
         {"tie_word_embeddings": False},
         {"position_embedding_type": "learned"},
-        {"position_embedding_type": "none", "position_groups": [[0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 2, 3, 0, 1, 2, 3]]},
+        {"position_embedding_type": "none", "position_groups": GROUPS},
+        {"position_embedding_type": "rotary", "position_groups": GROUPS, "position_group_bias": True},
+        {"block_size": 3, "prior": "learned", "objective": "per_sample"},
     ],
 )
 def test_a_saved_folder_loads_through_the_auto_classes(tmp_path, changes):

@@ -1,10 +1,12 @@
 """What other libraries do with a model: export it, quantise it, keep its weights elsewhere, compute it twice."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from helpers import MASK, digits, randomise, seeded, tiny_config, tiny_model
 
 from vmd_hf import VMDForMaskedDiffusion
@@ -14,9 +16,10 @@ KINDS = {
     "no latent": {"latent_size": 0},
     "blocks without latent": {"block_size": 4, "latent_size": 0},
     "learned prior": {"block_size": 4, "prior": "learned"},
+    "chain": {"block_size": 4, "latent_type": "chain", "latent_size": 3},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-exported_kinds = pytest.mark.parametrize("kind", ["whole", "learned prior"])
+exported_kinds = pytest.mark.parametrize("kind", ["whole", "learned prior", "chain"])
 
 
 def partly_masked():
@@ -41,16 +44,32 @@ def test_weights_may_be_given_without_a_name(kind):
 @every_kind
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(kind, use_reentrant):
-    gradients, input_ids = [], digits(3, 8)
+    """With dropout, whose noise is drawn again as it was."""
+    gradients, num_calls, input_ids = [], [], digits(3, 8)
     for checkpointing in (False, True):
-        model = randomise(VMDForMaskedDiffusion(tiny_config(**KINDS[kind]))).train()
+        model, calls = randomise(VMDForMaskedDiffusion(tiny_config(hidden_dropout=0.1, **KINDS[kind]))).train(), []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         torch.manual_seed(0)
         model(input_ids=input_ids, labels=input_ids).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        num_calls.append(len(calls))
+    assert num_calls[1] == 2 * num_calls[0]
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["whole", "chain"])
+def test_the_loss_is_compiled_as_one_graph(kind):
+    """Labels are checked without a break. (That of `nonzero` goes where torch is told to capture its shape.)"""
+    model, input_ids = tiny_model(num_hidden_layers=1, **KINDS[kind]).train(), digits(3, 8)
+    torch.manual_seed(0)
+    expected = model(input_ids=input_ids, labels=input_ids).loss
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        torch.manual_seed(0)
+        loss = torch.compile(model, fullgraph=True, backend="eager")(input_ids=input_ids, labels=input_ids).loss
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("with_labels", [False, True])
@@ -93,12 +112,12 @@ def test_checkpoints_of_torchao_load(kind, tmp_path):
 
 
 @every_kind
-def test_an_offloaded_model_generates(kind):
-    from accelerate import cpu_offload
-
-    offloaded = cpu_offload(tiny_model(**KINDS[kind]), execution_device="cpu")
-    assert offloaded.device.type == "meta"
-    assert_generates_alike(offloaded, tiny_model(**KINDS[kind]))
+def test_an_offloaded_model_generates(kind, tmp_path):
+    for offload in (cpu_offload, partial(disk_offload, offload_dir=tmp_path)):
+        offloaded = tiny_model(**KINDS[kind])
+        offload(offloaded, execution_device="cpu")
+        assert offloaded.device.type == "meta"
+        assert_generates_alike(offloaded, tiny_model(**KINDS[kind]))
 
 
 def test_a_model_on_disk_generates(tmp_path):

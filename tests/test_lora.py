@@ -10,10 +10,12 @@ from transformers import AutoModelForMaskedLM, default_data_collator
 
 from vmd_hf import VMDForMaskedDiffusion, VMDModel, nelbo
 from vmd_hf.data.synthetic import synthetic_dataset
+from vmd_hf.likelihood import corpus_bound
 from vmd_hf.training import VMDMetricsCallback
 
 LATENT_PATH = ["conditioner", "modulation", "latent_prior", "latent_encoder"]
 BLOCKS = {"block_size": 2, "prior": "learned"}
+CHAIN = {"block_size": 2, "latent_type": "chain", "objective": "per_step"}
 
 
 def values_of(model):
@@ -38,6 +40,7 @@ def trained_weights(model):
         ("FEATURE_EXTRACTION", LATENT_PATH, {}),
         ("CAUSAL_LM", None, {}),
         ("CAUSAL_LM", LATENT_PATH, BLOCKS),
+        (None, ["chain"], CHAIN),
     ],
 )
 def test_an_adapter_is_trained_saved_loaded_and_merged(tmp_path, task_type, modules, shape):
@@ -56,10 +59,11 @@ def test_an_adapter_is_trained_saved_loaded_and_merged(tmp_path, task_type, modu
     assert all("lora_" in name for name in before.keys() - wholly)
 
     callbacks, rows = [VMDMetricsCallback()], synthetic_dataset("d1", 40, seed=0)
-    assert len(logged(train(model, tmp_path / "run", callbacks, rows=rows, max_steps=4), "kl")) == 4
+    assert len(logged(train(model, tmp_path / "run", callbacks, rows=rows, max_steps=4), "reconstruction_loss")) == 4
     after = trained_weights(model)
     assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in before)
     trained = values_of(model)
+    assert corpus_bound(model, [{"input_ids": digits(2, 4)}]).num_tokens == 8
     assert (trained - untrained).abs().max() > 0.05
     model.save_pretrained(tmp_path / "adapter")
 

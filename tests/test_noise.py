@@ -3,11 +3,10 @@ from itertools import pairwise, permutations
 
 import pytest
 import torch
-from helpers import digits, normal, pad_row, uniform
+from helpers import digits, pad_row, uniform
 
 from vmd_hf.blocks_vmd import row_positions
 from vmd_hf.noise_vmd import (
-    corrupt_at_time,
     corrupt_before_step,
     hashed_noise,
     scored_tokens,
@@ -18,39 +17,12 @@ from vmd_hf.noise_vmd import (
 from vmd_hf.schedule_vmd import most_revealed, num_revealed, step_schedule
 
 
-def test_two_steps_over_three_tokens_reveal_one_then_two():
-    num_maskable = torch.tensor([3])
-    row_steps = step_schedule(num_maskable, 2)
-    assert row_steps.tolist() == [2]
-    assert [num_revealed(step, num_maskable, row_steps).item() for step in range(3)] == [0, 1, 3]
-
-
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 64])
 def test_the_most_that_a_step_reveals(num_steps):
     num_maskable = torch.arange(70)
     row_steps = step_schedule(num_maskable, num_steps)
     revealed = torch.stack([num_revealed(step, num_maskable, row_steps) for step in range(num_steps + 1)])
     assert torch.equal(most_revealed(num_maskable, row_steps), revealed.diff(dim=0).amax(0))
-
-
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 64, 1000])
-def test_the_schedule_is_the_floor_of_equal_shares(num_steps):
-    lengths = [0, 1, 2, 3, 5, 6, 63, 64, 65, 1024]
-    num_maskable = torch.tensor(lengths)
-    row_steps = step_schedule(num_maskable, num_steps)
-    assert row_steps.tolist() == [min(num_steps, n) for n in lengths]
-    for row, n in enumerate(lengths):
-        shares = [
-            num_revealed(step, num_maskable, row_steps)[row].item()
-            - num_revealed(step - 1, num_maskable, row_steps)[row]
-            for step in range(1, row_steps[row] + 1)
-        ]
-        assert sum(shares) == n
-        if n:
-            steps = min(num_steps, n)
-            assert shares == [step * n // steps - (step - 1) * n // steps for step in range(1, steps + 1)]
-            assert min(shares) >= 1  # no step is wasted
-            assert max(shares) - min(shares) <= 1
 
 
 def test_the_schedule_takes_a_number_of_steps_for_each_row():
@@ -61,23 +33,6 @@ def test_the_schedule_takes_a_number_of_steps_for_each_row():
 def test_steps_after_the_last_reveal_nothing_more():
     num_maskable = torch.tensor([0, 3])
     assert num_revealed(9, num_maskable, step_schedule(num_maskable, 2)).tolist() == [0, 3]
-
-
-def test_tokens_are_masked_where_their_noise_is_below_the_time():
-    maskable = torch.tensor([[True, True, True, False], [True, False, True, True]])
-    position_noise = torch.tensor([[0.1, 0.5, 0.9, 0.0], [0.0, 0.1, 0.25, 0.3]])
-    corruption = corrupt_at_time(maskable, torch.tensor([0.5, 0.25]), position_noise)
-    # 0.5 is not below 0.5; position 3 of the first row and 1 of the second are context.
-    assert corruption.masked.tolist() == [[True, False, False, False], [True, False, False, False]]
-    assert corruption.revealed.tolist() == corruption.masked.tolist()
-    assert corruption.weight.tolist() == [2, 4]
-
-
-def test_time_one_masks_everything_but_the_context():
-    maskable = uniform(6, 9) < 0.5
-    corruption = corrupt_at_time(maskable, torch.ones(6), uniform(6, 9, seed=1))
-    assert torch.equal(corruption.masked, maskable)
-    assert corruption.weight.tolist() == [1] * 6
 
 
 def grid_of_times(objective_steps, n):
@@ -91,38 +46,6 @@ def steps_by_hand(order, num_steps):
     row_steps, n = min(num_steps, len(order)), len(order)
     cuts = [k * n // row_steps for k in range(row_steps + 1)]
     return [(set(order[start:]), set(order[start:end])) for start, end in pairwise(cuts)]
-
-
-def true_positions(mask):
-    return set(mask.nonzero().flatten().tolist())
-
-
-@pytest.mark.parametrize("objective_steps", [[1], [2], [3], [1, 2, 4], [3, 2], [1000]])
-@pytest.mark.parametrize("context", [[], [1], [0, 2, 5], [0, 1, 2, 3, 5]])
-def test_states_before_steps_are_those_of_the_sampler(objective_steps, context):
-    maskable = torch.tensor([position not in context for position in range(6)])
-    noise = torch.tensor([0.7, 0.2, 0.9, 0.4, 0.1, 0.6])
-    order = [position for position in (4, 1, 3, 5, 0, 2) if position not in context]  # by rising noise
-    n = len(order)
-    times = grid_of_times(objective_steps, n)
-    corruption = corrupt_before_step(
-        maskable.expand(len(times), 6), times, noise.expand(len(times), 6), objective_steps
-    )
-
-    seen = [
-        (int(weight), frozenset(true_positions(masked)), frozenset(true_positions(revealed)))
-        for weight, masked, revealed in zip(corruption.weight, corruption.masked, corruption.revealed, strict=True)
-    ]
-    # Each T has an equal share of the times, and each of its steps an equal share of those.
-    share = len(times) // len(objective_steps)
-    expected = [
-        (min(num_steps, n), frozenset(masked), frozenset(revealed))
-        for num_steps in objective_steps
-        for masked, revealed in steps_by_hand(order, num_steps)
-        for _ in range(share // min(num_steps, n))
-    ]
-    assert sorted(seen, key=repr) == sorted(expected, key=repr)
-    assert corruption.weight.is_floating_point()
 
 
 @pytest.mark.parametrize("objective_steps", [[1], [2], [1, 2, 4], [3]])
@@ -175,16 +98,6 @@ def test_where_nothing_depends_on_what_is_revealed_the_cost_is_its_mean_over_tha
             torch.testing.assert_close(
                 cost[same & ~is_told], revealed_cost[same].mean().expand((same & ~is_told).sum())
             )
-
-
-def test_rows_without_maskable_tokens_have_no_steps():
-    maskable = torch.tensor([[False, False, False], [True, False, True]])
-    for time in (0.0, 0.5, 0.999):
-        corruption = corrupt_before_step(maskable, torch.full((2,), time), uniform(2, 3), [2, 3])
-        assert not corruption.masked[0].any()
-        assert not corruption.revealed[0].any()
-        assert corruption.weight.tolist() == [0, 2]
-        assert corruption.revealed[1].sum() == 1
 
 
 @pytest.mark.parametrize("objective_steps", [[1], [3], [1, 2, 4], [5, 6, 7, 8, 9]])
@@ -245,22 +158,6 @@ def test_hashed_noise_has_shapes_ranges_and_no_state():
     for first, second in zip((times, positions, latents), plain_hash(rows), strict=True):
         assert torch.equal(first, second)
     assert plain_hash(rows, latent_size=0)[2].shape == (6, 0)
-
-
-def test_hashed_noise_does_not_depend_on_the_batch():
-    rows = digits(6, 5)
-    together = plain_hash(rows)
-    for index, row in enumerate(rows):
-        for batched, alone in zip(together, plain_hash(row[None]), strict=True):
-            assert torch.equal(batched[index], alone[0])
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("pad_token", [11, 0, 7])
-def test_hashed_noise_depends_neither_on_the_padding_nor_on_what_it_holds(side, pad_token):
-    row = digits(1, 5)
-    for alone, padded in zip(plain_hash(row), padded_hash(row[0], 9, side, pad_token), strict=True):
-        assert torch.equal(alone, padded)
 
 
 def test_rows_that_differ_in_a_token_or_in_its_place_have_different_noise():
@@ -368,18 +265,6 @@ def test_seeded_noise_is_uniform_and_normal_and_uncorrelated():
     # And rows that follow one another are:
     for numbers in (*positions.T, *latents.T):
         assert torch.corrcoef(torch.stack([numbers[1:], numbers[:-1]]))[0, 1].abs() < 5 * 0.01
-
-
-def test_position_noise_ranks_do_not_depend_on_context():
-    """Context in between takes no place in the order: the same tokens come in the same order."""
-    noise = normal(1, 6, seed=3)
-    times = torch.zeros(1)
-    maskable = torch.tensor([[True, False, True, True, False, True]])
-    corruption = corrupt_before_step(maskable, times, noise, [4])
-    kept = torch.tensor([0, 2, 3, 5])
-    alone = corrupt_before_step(torch.ones(1, 4, dtype=torch.bool), times, noise[:, kept], [4])
-    assert torch.equal(corruption.revealed[:, kept], alone.revealed)
-    assert corruption.revealed.sum() == 1
 
 
 def test_processes_of_data_parallel_draw_noise_of_their_own(monkeypatch):

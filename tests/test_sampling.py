@@ -4,17 +4,15 @@ import math
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload
 from helpers import MASK, padded, seeded, tiny_model, uniform
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vmd_hf import VMDGenerationConfig
+from vmd_hf import VMDGenerationConfig, nelbo
 from vmd_hf.sampling_vmd import (
     Sampler,
     SamplerState,
     confidence_of,
     corrector_probability,
-    draw,
     draw_for,
     generators_on,
     select_positions,
@@ -51,18 +49,6 @@ def logits_of(*probabilities):
 
 
 # --- random numbers --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sampler", [torch.rand, torch.randn])
-def test_draw_takes_each_row_from_its_own_generator(sampler):
-    numbers = draw(sampler, [2, 0, 3], (4,), [seeded(5), seeded(6), seeded(7)], torch.device("cpu"))
-    expected = torch.cat([sampler((2, 4), generator=seeded(5)), sampler((3, 4), generator=seeded(7))])
-    assert torch.equal(numbers, expected)
-
-
-def test_draw_takes_the_batch_from_one_generator():
-    numbers = draw(torch.rand, [2, 1], (), seeded(5), torch.device("cpu"))
-    assert torch.equal(numbers, torch.rand(3, generator=seeded(5)))
 
 
 def test_numbers_are_drawn_for_what_is_used_and_do_not_depend_on_other_columns():
@@ -222,16 +208,6 @@ def test_a_step_reveals_the_most_confident_tokens(rule, confidence, revealed):
     state.look_at_masked(2)
     state.reveal(Sampler(VMDGenerationConfig(remasking=rule))(PREDICTED[:, :2], state, 2), M)
     assert not state.masked.any() and state.tokens[0, 3] == 1
-
-
-@pytest.mark.parametrize("step, num_revealed", [(1, 1), (2, 1), (3, 2)])
-def test_the_schedule_says_how_many_are_revealed(step, num_revealed):
-    # floor(4 k / 3) = 1, 2, 4
-    filled = [(0, column) for column in range((0, 1, 2)[step - 1])]
-    tokens = [[0] * len(filled) + [M] * (4 - len(filled))]
-    state = state_of(tokens, filled, num_steps=3)
-    state.look_at_masked(4)
-    assert Sampler(VMDGenerationConfig())(uniform(1, 4, 3), state, step).revealed.sum() == num_revealed
 
 
 @pytest.mark.parametrize("threshold, revealed", [(0.55, [1, 3]), (0.4, [0, 1, 2, 3]), (0.95, [1])])
@@ -414,25 +390,11 @@ def test_no_step_waits_for_the_device(model, settings, monkeypatch):
     assert not (output.sequences == MASK).any()
 
 
-@pytest.mark.parametrize("offload", ["cpu", "disk"])
-@pytest.mark.parametrize("prior", [None, "learned"])
-def test_a_model_whose_weights_accelerate_keeps_elsewhere_generates(model, offload, prior, tmp_path):
-    if prior is not None:
-        if model.config.block_size is None:
-            pytest.skip("a learned prior needs blocks")
-        model = tiny_model(block_size=4, prior=prior)
-    ids = torch.tensor([[1, MASK, 3, 4, 5, MASK, MASK], [MASK] * 7])
-    expected = model.generate(ids, generator=seeded(0), num_steps=2)
-    if offload == "cpu":
-        cpu_offload(model, torch.device("cpu"))
-    else:
-        disk_offload(model, tmp_path, torch.device("cpu"))
-    assert model.device.type == "meta"
-    assert torch.equal(model.generate(ids, generator=seeded(0), num_steps=2), expected)
-
-
 def test_what_a_bert_tokenizer_returns_is_taken(model):
+    """Also by `nelbo`."""
     ids = torch.tensor([[1, MASK, MASK]])
     inputs = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": torch.ones_like(ids)}
     expected = model.generate(ids, generator=seeded(0))
     assert torch.equal(model.generate(**inputs, generator=seeded(0)), expected)
+    bound = nelbo(model, **inputs | {"input_ids": expected}, generator=seeded(0)).nelbo
+    assert torch.equal(bound, nelbo(model, expected, generator=seeded(0)).nelbo)

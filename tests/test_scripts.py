@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import benchmark
+import compare_cdr3
 import compare_text
 import datasets
 import evaluate_vmd
@@ -24,16 +25,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from vmd_hf import VMDForMaskedDiffusion, corpus_bound
+from vmd_hf.data.characters import character_tokenizer
 from vmd_hf.data.sudoku import format_boards, generate_puzzles, solve_puzzles
 from vmd_hf.data.synthetic import synthetic_tokenizer
-from vmd_hf.data.text import character_tokenizer, evenly_spaced, text_datasets
+from vmd_hf.data.text import evenly_spaced, load_documents, text_datasets
+from vmd_hf.evaluation import comparison
 from vmd_hf.evaluation.speed import matmul_peak
 from vmd_hf.evaluation.sudoku import fill_boards, puzzles_to_solve, puzzles_with_many_solutions
 from vmd_hf.evaluation.text import batches_of, evaluate_samples
 from vmd_hf.recipes import parse
-from vmd_hf.tokenization import task_tokenizer
+from vmd_hf.tokenization import task_tokenizer, text_tokenizer
 from vmd_hf.training import last_whole_checkpoint
-from vmd_hf.training_run import build_adapted_model, build_data, build_model, groups_of_positions
+from vmd_hf.training_run import build_adapted_model, build_data, build_model, groups_of_positions, read_documents
 
 SCRIPTS = Path(train_vmd.__file__).parent
 RECIPES = sorted((SCRIPTS / "recipes").glob("*.yaml"))
@@ -71,11 +74,12 @@ def test_every_recipe_is_read_and_its_arguments_win_over_defaults_and_lose_to_th
     assert training.seed == 7 != written["seed"]
     if "model_name_or_path" in written:
         return
-    sizes = {"synthetic": 4, "sudoku": 81, "text": data.sequence_length}
+    sizes = {"synthetic": 4, "sudoku": 81, "text": data.sequence_length, "receptors": 28}
     for latent_size in (model.latent_size, 0):  # without one it is the baseline
         model.latent_size = latent_size
         groups = groups_of_positions(model, data, sizes[data.task])
-        config = build_model(model, task_tokenizer(data.task), sizes[data.task], 1000, groups).config
+        tokenizer = character_tokenizer() if data.task == "text" else task_tokenizer(data.task)
+        config = build_model(model, tokenizer, sizes[data.task], 1000, groups).config
         assert (config.latent_size, config.norm_eps) == (latent_size, 0.5)
         assert (config.position_groups is None) != bool(groups)
 
@@ -253,7 +257,8 @@ def test_an_adapter_is_trained_on_one_author_resumed_and_evaluated_beside_its_ba
     generate_vmd.main([f"--model={adapter}", "--prompt=we ", "--max_new_tokens=4"])
     assert capsys.readouterr().out.splitlines()[-2].startswith("we ")
     judge, tokenizer = AutoModelForMaskedLM.from_pretrained(judge), AutoTokenizer.from_pretrained(judge)
-    rows = text_datasets(source.removeprefix("--source="), tokenizer, 16, where=["author=b"])["test"]
+    documents = load_documents(source.removeprefix("--source="), where=["author=b"])
+    rows = text_datasets(documents, tokenizer, 16)["test"]
     assert {row["num_tokens"] for row in bounds} == {16 * len(rows)}  # all of this author's, and nobody else's
     # An autoregressive model's bound is its likelihood.
     found = corpus_bound(judge, [{"input_ids": evenly_spaced(rows, 3)[:]["input_ids"]}])
@@ -304,13 +309,74 @@ def test_a_given_model_is_trained_and_evaluated_on_the_tokens_of_its_own_tokeniz
     train = [f"--model_name_or_path={tmp_path / 'model'}", f"--output_dir={tmp_path / 'trained'}", "--max_steps=1"]
     train_vmd.main([*arguments, *train, "--save_strategy=no", *SMALL])
     assert AutoTokenizer.from_pretrained(tmp_path / "trained").get_vocab() == tokenizer.get_vocab()
-    rows, _ = build_data(parse(arguments)[1], tokenizer)
+    data_args = parse(arguments)[1]
+    rows, _ = build_data(data_args, tokenizer, read_documents(data_args))
     assert "".join(tokenizer.batch_decode(rows[:13]["input_ids"]))[: len(text)] == text  # nothing is reduced
     evaluate_vmd.main(
         [f"--model={tmp_path / 'trained'}", *arguments[:2], "--num_eval_rows=4", "--num_texts=2", "--num_steps=1"]
     )
     _, _, (samples,) = json.loads((tmp_path / "trained" / "results.json").read_text()).values()
     assert set(samples["sample"]) <= set(alphabet)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["--documents=packed"], ["--documents=separate", "--block_size=2"], ["--streaming", "--documents=packed"]],
+    ids=lambda settings: settings[0],
+)
+def test_a_model_and_its_tokenizer_are_trained_on_text_as_it_is(tmp_path, settings, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "texts").mkdir()
+    for index in range(1001 if "--streaming" in settings else 20):  # of a stream, 1,000 are held out
+        (tmp_path / "texts" / f"{index:04}.txt").write_text(f"Größe {index}: 3 < 5!\n" * 4)
+    folder = tmp_path / "model"
+    arguments = ["--task=text", f"--source={tmp_path / 'texts'}", *settings]
+    train = [
+        "--sequence_length=16",
+        "--num_eval_rows=4",
+        "--latent_size=0",
+        f"--output_dir={folder}",
+        "--save_steps=1",
+    ]
+    train_vmd.main([*arguments, *train, "--tokenizer_size=265", "--max_steps=1", *SMALL])
+    tokenizer, text = AutoTokenizer.from_pretrained(folder), "Größe 5: 3 < 5!"
+    assert len(tokenizer) == 265 and tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    before = tokenizer.get_vocab()
+    resumed = ["--max_steps=2", "--resume_from_checkpoint=true", "--tokenizer_size=264"]  # it has one already
+    train_vmd.main([*arguments, *train, *resumed, *SMALL])
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == before
+
+    if "--streaming" not in settings:
+        evaluation = [f"--model={folder}", "--num_texts=2", "--num_steps=1"]
+        evaluate_vmd.main([*arguments[:3], *evaluation])
+        (_,), (bound,), _ = json.loads((folder / "results.json").read_text()).values()
+        rows = text_datasets(load_documents(tmp_path / "texts"), tokenizer, 16, settings[0].partition("=")[2])["test"]
+        texts = tokenizer.batch_decode([row["input_ids"] for row in rows], skip_special_tokens=True)
+        assert bound["num_tokens"] == sum(len(row["input_ids"]) for row in rows)
+        bits = bound["bits_per_token"] * bound["num_tokens"]
+        assert bound["bits_per_byte"] == pytest.approx(bits / len("".join(texts).encode()), rel=1e-6)
+
+
+def test_which_tokenizer_a_text_model_has(tmp_path):
+    model, other = tmp_path / "model", tmp_path / "other"
+    tokenizer = save_text_model(model, "abc ")
+    bare = character_tokenizer("abc ")
+    bare.mask_token = bare.pad_token = None
+    bare.save_pretrained(other)
+    assert text_tokenizer(model).get_vocab() == tokenizer.get_vocab()
+    assert text_tokenizer(model, model).get_vocab() == tokenizer.get_vocab()
+    assert text_tokenizer(None, "characters").get_vocab() == character_tokenizer().get_vocab()
+    assert len(text_tokenizer(None, None, 265, ["abc"])) <= 265
+    grown = text_tokenizer(None, other)
+    assert (grown.mask_token, grown.pad_token) == ("[MASK]", "[PAD]")
+    for arguments, message in (
+        ((), "tokenizer must be given for a new text model: --tokenizer_size N"),
+        ((None, "characters", 300), "tokenizer must be None with tokenizer_size = 300, got 'characters'"),
+        ((model, None, 300), "tokenizer_size must be None with a given model"),
+        ((model, "characters"), "tokenizer must be that of the given model, .*model, got 'characters'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            text_tokenizer(*arguments)
 
 
 def test_a_tokenizer_that_is_not_that_of_the_model_is_an_error(tmp_path):
@@ -375,8 +441,8 @@ def test_what_a_model_reads_is_on_its_device(tmp_path, monkeypatch):
     evaluate_samples(model, tokenizer, 16, [], [1], 2)
     boards = fill_boards(model, torch.zeros(2, 81, dtype=torch.long), num_steps=1, remasking="random")
     assert boards.device.type == "cpu"
-    rows = datasets.Dataset.from_dict({"input_ids": [[0, 1]]})
-    assert batches_of(rows, 1, model.device)[0].device.type == "meta"
+    rows = datasets.Dataset.from_dict({"input_ids": [[0, 1]]}).with_format("torch")
+    assert batches_of(rows, 1, model)[0]["input_ids"].device.type == "meta"
     assert len(seen) == 5 and set(seen) == {("meta", "meta")}
 
 
@@ -394,10 +460,10 @@ def test_the_benchmark_compares_models_on_a_device(monkeypatch, capsys):
 
 
 def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare_text, "matmul_peak", lambda *args, **kwargs: 1e12)  # takes long to measure
+    monkeypatch.setattr(comparison, "matmul_peak", lambda *args, **kwargs: 1e12)  # takes long to measure
     for index in range(12):
         (tmp_path / f"{index}.txt").write_text(WORDS * (10 + index))
-    rows = ["autoregressive", "mdm", "block-4", "vmd-8"]
+    rows = ["autoregressive", "mdm", "block-4", "vmd-8", "causal-4"]
     arguments = [
         f"--source={tmp_path}",
         "--sequence_length=16",
@@ -410,18 +476,20 @@ def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_aga
     compare_text.main([*arguments, "--rows", *rows])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     steps = [sorted({bound["num_steps"] for bound in result["bounds"]}) for result in results]
-    assert steps == [[1], [1, 2, 4, 8, 16], [1, 2, 4], [1, 2, 4, 8]]
+    assert steps == [[1], [1, 2, 4, 8, 16], [1, 2, 4], [1, 2, 4, 8], [1, 2, 4]]
     lines = compare_text.lines_of(results)
     passes = {line["row"]: line["NFE a character"] for line in lines}
-    assert passes == {"autoregressive": 1, "mdm": 1, "block-4": 1, "vmd-8": 1}
+    assert passes == {"autoregressive": 1, "mdm": 1, "block-4": 1, "vmd-8": 1, "causal-4": 1}
     passes = {line["steps a block"]: line["NFE a character"] for line in lines if line["row"] == "vmd-8"}
     assert passes == {1: 2 / 8, 2: 3 / 8, 4: 4 / 8, 8: 1}  # one more for the prior, where steps have a latent
     draws = [(line["steps a block"], line["importance samples"]) for line in lines if line["row"] == "vmd-8"]
     assert draws == [(1, 1), (1, 16), (2, 1), (2, 16), (4, 1), (8, 1)]  # once, where steps have none
     assert set(results[2]["samples"]) == {"1", "2", "4"} and all(results[2]["samples"].values())
-    assert imread(tmp_path / "out" / "frontier.png").shape[1] == 880
+    assert imread(tmp_path / "out" / "frontier.png").shape[1] == 1540
+    assert all(line["ms a character"] > 0 for line in lines)
 
-    assert [len(result["training"]) for result in results] == [1, 2, 2, 2]
+    assert [len(result["training"]) for result in results] == [1, 2, 2, 2, 2]
+    assert results[4]["training"][0] == results[2]["training"][0]
     training = results[3]["training"][1]
     assert training["updates"] == 2
     assert training["tokens_per_second"] == pytest.approx(2 * 16 * 16 / training["seconds"])
@@ -429,7 +497,7 @@ def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_aga
 
     compare_text.main([*arguments, "--rows", "autoregressive", "block-8"])
     again = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [*again[:3], again[4]] == results and again[3]["row"] == "block-8"
+    assert [*again[:3], *again[4:]] == results and again[3]["row"] == "block-8"
     assert again[3]["training"][0] == results[3]["training"][0]  # the stage that both begin with, trained once
     assert not (tmp_path / "out" / "vmd-8-0" / "stage-0").exists()
 
@@ -437,7 +505,48 @@ def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_aga
     for name, change in {"num_eval_rows": "--num_eval_rows=3", "arguments": "--learning_rate=1"}.items():
         with pytest.raises(ValueError, match=f"output_dir must hold rows of the same {name}, got .*settings.json"):
             compare_text.main([*arguments, "--rows", "mdm", change])
+    monkeypatch.setitem(compare_text.ROWS, "mdm", compare_text.ROWS["vmd"])
+    with pytest.raises(ValueError, match=r"output_dir must hold rows of the same stages, got .* of mdm"):
+        compare_text.main([*arguments, "--rows", "mdm"])
     assert sorted((tmp_path / "out").rglob("*")) == before
+
+
+def test_models_of_receptors_are_compared_with_the_truth(tmp_path, monkeypatch):
+    pytest.importorskip("olga", reason="needs olga: pip install vmd_hf[olga]")
+    monkeypatch.setattr(comparison, "matmul_peak", lambda *args, **kwargs: 1e12)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    arguments = [
+        "--num_sequences=5",
+        "--max_steps=2",
+        "--num_train_rows=50",
+        "--num_eval_rows=5",
+        "--per_device_train_batch_size=4",
+        f"--output_dir={tmp_path / 'out'}",
+        *SMALL,
+    ]
+    compare_cdr3.main([*arguments, "--rows", "mdm", "gaussian", "chain", "causal"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [result["row"] for result in results] == ["mdm", "gaussian", "chain", "causal"]
+    orders = [(bound["num_steps"], bound["order"]) for bound in results[0]["bounds"]]
+    several = [(steps, order) for steps in (2, 4, 8, 28) for order in ("random", "left_to_right")]
+    assert orders == [(1, None), *several] == [(b["num_steps"], b["order"]) for b in results[2]["bounds"]]
+    assert [sample["num_steps"] for sample in results[1]["samples"]] == [1, 2, 4, 8, 28]
+    for bound in (bound for result in results for bound in result["bounds"]):  # two updates teach nothing
+        assert 20 < bound["truth"] < 60 < bound["bits"] and bound["low"] < bound["above"] < bound["high"]
+    lines = compare_cdr3.bound_lines(results)
+    assert [(line["row"], line["order"], line["draws"]) for line in lines] == [
+        ("mdm", "random", 1),
+        ("mdm", "left_to_right", 1),
+        ("gaussian", "random", 16),
+        ("gaussian", "random", 1),
+        ("chain", "random", 1),
+        ("chain", "left_to_right", 1),
+        ("causal", "random", 1),
+        ("causal", "left_to_right", 1),
+    ]
+    monkeypatch.setattr(comparison, "train", lambda *args: pytest.fail("it trained again"))
+    compare_cdr3.main([*arguments, "--rows", "mdm", "chain"])
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
 
 
 def test_a_model_of_whole_boards_completes_clues_that_leave_many_solutions(tmp_path):

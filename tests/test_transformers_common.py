@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 import transformers_tests
 from helpers import PAD, tiny_config
-from transformers import BertConfig
+from transformers import BertConfig, LlamaConfig
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion, VMDModel
 
@@ -107,7 +107,29 @@ class TestBackbone(CommonTests, unittest.TestCase):
     }
 
 
-TWO_CALLS = "it holds one call of a layer a pass, and with blocks there are two; test_blocks.py compares the gradients"
+class TestCausalBackbone(CommonTests, unittest.TestCase):
+    all_model_classes = (VMDForMaskedDiffusion,)
+    settings = {  # noqa: RUF012
+        "backbone_config": LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            pad_token_id=PAD,
+            tie_word_embeddings=True,
+        ).to_dict(),
+        "backbone_type": "causal_lm",
+        "token_shift": True,
+        "block_size": 4,
+        "latent_type": "chain",
+    }
+
+
+TWO_CALLS = (
+    "it holds one call of a layer a pass, and with blocks there are two; test_blocks.py and test_causal_backbone.py "
+    "compare the gradients"
+)
 DOES_NOT_APPLY = {
     "test_generation_tester_mixin_inheritance": "the tests of autoregressive generation; this one has its own",
     "TestBlocks.test_attention_outputs": "attention weights are those on the grid, of clean and noisy keys",
@@ -116,6 +138,11 @@ DOES_NOT_APPLY = {
     "TestBlocks.test_training_gradient_checkpointing": TWO_CALLS,
     "TestBlocks.test_training_gradient_checkpointing_use_reentrant_false": TWO_CALLS,
     "TestBlocks.test_training_gradient_checkpointing_use_reentrant_true": TWO_CALLS,
+    "TestCausalBackbone.test_attention_outputs": "attention weights are those on the grid, of clean and noisy keys",
+    "TestCausalBackbone.test_retain_grad_hidden_states_attentions": "hidden states are slices of [clean, noisy]",
+    "TestCausalBackbone.test_training_gradient_checkpointing": TWO_CALLS,
+    "TestCausalBackbone.test_training_gradient_checkpointing_use_reentrant_false": TWO_CALLS,
+    "TestCausalBackbone.test_training_gradient_checkpointing_use_reentrant_true": TWO_CALLS,
 }
 
 

@@ -32,13 +32,15 @@ from vmd_hf.training_run import train
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# Each variant: how the recipe changes, and the number of parameters and updates stays as it is.
+# Each variant: how the recipe changes; the denoiser and the number of updates stay as they are.
 VARIANTS = {
     "mdm": {"latent_size": 0},
     "vmd": {"objective": "vmd"},
     "per_sample": {"objective": "per_sample"},
     "per_step": {"objective": "per_step"},
+    "chain": {"objective": "per_step", "latent_type": "chain", "latent_size": 16},
 }
+SAMPLED = ("mdm", "chain")  # whose distribution is that of tokens that are drawn
 
 # Accuracy in percent and KL in nats, from the tables of arXiv 2510.23606: one block of four tokens, or two of two, by
 # setting, tokens a block, variant and steps a block.
@@ -81,8 +83,8 @@ def run_variant(
     identity = {"variant": variant, "seed": seed, "tokens_per_block": width}
     results, one_step, lowest = [], None, math.inf
     for result, samples in evaluation:
-        if variant == "mdm" and not result["sampler"].endswith("sampled"):
-            continue  # without a latent every sample is the same unless tokens are drawn
+        if variant in SAMPLED and not result["sampler"].endswith("sampled"):
+            continue
         results.append({**identity, **result, "training_seconds": round(seconds, 1)})
         if result["num_steps"] == 1 and result["kl"] < lowest:
             one_step, lowest = samples, result["kl"]

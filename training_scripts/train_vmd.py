@@ -11,8 +11,8 @@ optional value there, and `--where` with nothing behind it an empty list. The mo
 `--output_dir`; with `--lora_r`, an adapter of the model at `--model_name_or_path` is, which
 `AutoModelForMaskedLM.from_pretrained` and the other scripts take for a model.
 
-Text is reduced to 27 characters, a to z and the space, and read one token a character; a model that is given is
-trained on the tokens of its own tokenizer.
+A new text model needs a tokenizer: `--tokenizer_size N` trains one on the training text, `--tokenizer NAME` takes that
+of a folder or the Hub, `--tokenizer characters` reduces the text to 27 characters. A model that is given has its own.
 """
 
 import sys

@@ -25,7 +25,8 @@ class TokenIndex:
     """Where tokens stand, as attention sees it. Each (batch, length), or (1, length) if all rows agree.
 
     Attributes:
-        block: int64, the token's block, counted through the row.
+        block: int64, the column, counted through the row, at which the token's block begins. A clean token that may
+            not see what follows it in its block is a block of its own.
         document: int64, the text that the token belongs to; `PADDING` or `EMPTY` for none.
         clean: bool, whether the token is read as clean context, or is part of a block that is being denoised.
     """
@@ -79,7 +80,8 @@ def block_attention_mask(config, query: TokenIndex, key: TokenIndex, dtype: torc
         query, key = (part.map(lambda value: value.expand(batch, -1).contiguous()) for part in (query, key))
 
         def mask_mod(b, h, q, k):
-            return may_attend(query.map(lambda value: value[b, q]), key.map(lambda value: value[b, k]))
+            row = b if batch > 1 else 0  # which may be of a larger batch, whose rows agree
+            return may_attend(query.map(lambda value: value[row, q]), key.map(lambda value: value[row, k]))
 
         lengths = query.block.shape[-1], key.block.shape[-1]
         return create_block_mask(mask_mod, batch, None, *lengths, device=str(query.block.device), _compile=True)
@@ -102,6 +104,7 @@ class Layout:
         columns: (batch, length), the column on the grid of each column of the row, N * width for padding; `None` where
             the grid is the row itself.
         first_block: Number of the grid's first block, (batch, 1) where it is not the row's first.
+        causal: Whether clean tokens see nothing on their right, in their own block either.
     """
 
     num_blocks: int
@@ -111,6 +114,7 @@ class Layout:
     document: torch.Tensor | None = None
     columns: torch.Tensor | None = None
     first_block: torch.Tensor | int = 0
+    causal: bool = False
 
     def scatter(self, values: torch.Tensor, fill: int | bool | float) -> torch.Tensor:
         """(batch, length) values of the rows on the grid, `fill` where it has padding of its own."""
@@ -136,7 +140,7 @@ class Layout:
         )
         position_ids = position_ids.expand(rows.shape[0], -1)
         real = None if real is None else real.expand(rows.shape[0], -1)
-        return Layout(self.num_blocks, self.width, position_ids, real, document, None, first_block)
+        return Layout(self.num_blocks, self.width, position_ids, real, document, None, first_block, self.causal)
 
     def blocks(self, grid: torch.Tensor) -> torch.Tensor:
         """(batch, N * width, ...) on the grid to (batch, N, width, ...)."""
@@ -152,10 +156,14 @@ class Layout:
     def token_index(self, clean: bool) -> TokenIndex:
         columns = torch.arange(self.num_blocks * self.width, device=self.document.device)[None]
         return TokenIndex(
-            block=columns // self.width + self.first_block,
+            block=self.begin(columns + self.first_block * self.width, clean),
             document=self.document,
             clean=torch.full_like(columns, clean, dtype=torch.bool),
         )
+
+    def begin(self, columns: torch.Tensor, clean: bool) -> torch.Tensor:
+        """Where the blocks of tokens begin (see [`TokenIndex`]) that stand at these columns of the row."""
+        return columns if clean and self.causal else columns // self.width * self.width
 
 
 def row_positions(real: torch.Tensor) -> torch.Tensor:
@@ -308,6 +316,8 @@ class CleanContext:
         room: For each layer the tensors whose first columns `keys_values` are, where a pass may write its own behind.
         sees_all: Whether every token of the blocks may attend to all that was read, and to all of the blocks.
         attention: Arguments of attention, of the first pass with this context for the next ones over the same blocks.
+        before: With `token_shift`, the clean hidden state before each block under denoising, (batch, N, hidden), and
+            whether there is one, (batch, N) bool; `None` where it is among those of the tokens still to be read.
     """
 
     keys_values: list[tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -318,13 +328,58 @@ class CleanContext:
     room: list[tuple[torch.Tensor, torch.Tensor]] | None = None
     sees_all: bool = False
     attention: dict | None = None
+    before: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def select(self, rows: torch.Tensor) -> "CleanContext":
-        """What was read, for a batch that is made of these rows (int64, any number of times each)."""
-        return CleanContext(
-            keys_values=[tuple(part[rows] for part in pair) for pair in self.keys_values],
-            read=self.read.map(lambda value: value if value.shape[0] == 1 else value[rows]),
-        )
+        """The context of a batch that is made of these rows (int64, any number of times each)."""
+
+        def of_rows(value):
+            if isinstance(value, TokenIndex):  # which may be one for all rows
+                return value.map(lambda part: part if part.shape[0] == 1 else part[rows])
+            if isinstance(value, tuple | list):
+                return tuple(map(of_rows, value))
+            return None if value is None else value[rows]
+
+        names = ("keys_values", "read", "input_ids", "position_ids", "new", "before")
+        return CleanContext(**{name: of_rows(getattr(self, name)) for name in names})
 
     def without_new(self) -> "CleanContext":
         return CleanContext(keys_values=self.keys_values, read=self.read, room=self.room)
+
+
+def states_before_blocks(
+    hidden_states: torch.Tensor, clean: TokenIndex, layout: Layout
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each block of a layout the hidden state of the clean token before it, (batch, N, hidden), and whether there
+    is one in its document, (batch, N) bool; arbitrary states where there is none.
+
+    Args:
+        hidden_states: (batch, clean tokens, hidden).
+        clean: Where these tokens stand: whole blocks from the start of one.
+    """
+    batch = hidden_states.shape[0]
+    block = torch.arange(layout.num_blocks, device=hidden_states.device) + layout.first_block
+    index = (block * layout.width - clean.block[:, :1] - 1).expand(batch, -1)
+    document = layout.blocks(layout.document)[:, :, 0].expand(batch, -1)
+    last = index.clamp(min=0)
+    exists = (index >= 0) & (document >= 0) & (clean.document.expand(batch, -1).gather(-1, last) == document)
+    return hidden_states.gather(1, last[..., None].expand(-1, -1, hidden_states.shape[-1])), exists
+
+
+def shift_right(
+    hidden_states: torch.Tensor, before: tuple[torch.Tensor, torch.Tensor] | None, layout: Layout
+) -> torch.Tensor:
+    """Hidden states of blocks under denoising, (batch, N * width, hidden), each for the column on its right.
+
+    A block's first column gets the state `before` it (see [`CleanContext`]). A document's first token has nothing on
+    its left: it keeps the state at its own column, that of the mask itself.
+    """
+    own, document = layout.blocks(hidden_states), layout.blocks(layout.document)
+    follows = document[:, :, 1:] == document[:, :, :-1]
+    if before is None:
+        before = own[:, :, 0], torch.zeros_like(follows[:, :, 0])
+    states, exists = before
+    left = torch.cat([states[:, :, None], own[:, :, :-1]], dim=2)
+    batch = own.shape[0]
+    follows = torch.cat([exists[:, :, None].expand(batch, -1, -1), follows.expand(batch, -1, -1)], dim=2)
+    return torch.where(follows[..., None], left, own).flatten(1, 2)

@@ -185,18 +185,19 @@ class Canvas:
             real=None if layout.real is None else layout.real.gather(-1, columns),
             document=layout.document.expand_as(self.tokens).gather(-1, columns),
             first_block=block[:, None],
+            causal=layout.causal,
         )
 
     def clean_blocks(self, first: torch.Tensor, stop: torch.Tensor, num_blocks: int, without_given: bool):
         """Tokens, positions and places of each row's blocks `first` to `stop` (batch,), `num_blocks` at most.
         `without_given` hides the given tokens from all others."""
         columns = self.columns(first, num_blocks)
-        block = first[:, None] + torch.arange(columns.shape[1], device=columns.device) // self.layout.width
-        hidden = block >= stop[:, None]
+        of_row = first[:, None] * self.layout.width + torch.arange(columns.shape[1], device=columns.device)
+        hidden = of_row >= stop[:, None] * self.layout.width
         if without_given:
             hidden = hidden | self.given.gather(-1, columns)
         document = self.layout.document.expand_as(self.tokens).gather(-1, columns).masked_fill(hidden, EMPTY)
-        places = TokenIndex(block, document, torch.ones_like(hidden))
+        places = TokenIndex(self.layout.begin(of_row, clean=True), document, torch.ones_like(hidden))
         return self.tokens.gather(-1, columns), self.layout.position_ids.gather(-1, columns), places
 
     def put(self, columns: torch.Tensor, tokens: torch.Tensor, masked: torch.Tensor) -> None:
@@ -240,18 +241,19 @@ class ContextReader:
         self.context.input_ids, self.context.position_ids = torch.cat(tokens), torch.cat(positions)
         self.context.new = stack_token_indices(places)
 
-    def keep(self, keys_values) -> None:
-        """Keeps what a pass has read."""
+    def keep(self, read) -> None:
+        """Keeps what a pass has read: its output, or the [`CleanContext`] made of it."""
         if not self.config.use_cache or self.context.input_ids is None:
             return
         start, new = 0 if self.read is None else self.read.block.shape[1], self.context.new
         if self.buffers is None:
-            self.buffers = [tuple(self._buffer(part) for part in pair) for pair in keys_values]
-        for buffers, pair in zip(self.buffers, keys_values, strict=True):
+            self.buffers = [tuple(self._buffer(part) for part in pair) for pair in read.keys_values]
+        for buffers, pair in zip(self.buffers, read.keys_values, strict=True):
             for buffer, part in zip(buffers, pair, strict=True):
                 buffer[:, :, start : start + part.shape[2]] = part
         self.read = new if self.read is None else join_token_indices([self.read, new])
         self.context = self._held()
+        self.context.before = read.before
 
     def _columns(self) -> int:
         """Clean tokens that are read in all rounds."""

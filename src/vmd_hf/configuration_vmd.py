@@ -25,7 +25,7 @@ _BASE_KEYWORDS = {
 }
 
 
-# Fields of version 0.7, which its files have.
+# Fields of version 0.7, which its files have. (Those of 0.8 have objective_draws, too, which training alone read.)
 REMOVED_FIELDS = {
     "conditioner_initializer_range",
     "free_bits",
@@ -43,7 +43,7 @@ def converted(values: dict) -> dict:
     """
     if values.get("latent_encoder_pooling") == "concat":
         raise ValueError("latent_encoder_pooling='concat' of version 0.7 is no longer supported")
-    new = {name: value for name, value in values.items() if name not in REMOVED_FIELDS}
+    new = {name: value for name, value in values.items() if name not in REMOVED_FIELDS | {"objective_draws"}}
     if values.get("latent_per_position"):
         new["latent_input"] = "position_slices"
     elif values.get("latent_position_inputs"):
@@ -90,6 +90,8 @@ class VMDConfig(PreTrainedConfig):
         candidate_tokens: For a chain, the number of tokens, the most probable ones at a position, whose probability
             depends on its state; all others together have a share of it that does. Cost and memory of the emissions
             grow with it, and not with the vocabulary.
+        causal_head_size: Width of a recurrent network that reads the tokens of a step one after another, each of which
+            depends on those before it (see `causal_vmd.py`; what the chain is measured against); 0 for none.
         latent_input: How z enters the denoiser. `"layers"`: by adaLN in every layer. `"layers_and_positions"`: z also
             adds to the input of each position (of a block, or up to `max_position_embeddings`) a vector of its own,
             for `conditioning_size * hidden_size` weights a position (sotu_latent.yaml). `"position_slices"`: z is a
@@ -106,11 +108,6 @@ class VMDConfig(PreTrainedConfig):
             each row.
         left_to_right: Share of blocks (or rows) for which `per_sample` and `per_step` reveal tokens from left to right
             rather than in random order: for the sampler with `remasking="left_to_right"`.
-        objective_draws: Draws of z under the logarithm of the loss: `-log 1/K sum_k p(x | z_k) p(z_k) / q(z_k)` for
-            the tokens that are predicted now, in place of `R + KL`, which is the case of one (IWAE, arXiv
-            1509.00519). Several make up for a true posterior that is no Gaussian (two_token.yaml), and cost a pass of
-            the denoiser each. Under `per_sample` with `objective_steps=(1,)` only: a single random step may not stand
-            in a logarithm.
         latent_min_tokens: Under `per_step`, a step that reveals fewer tokens has the null latent, in training, bounds
             and `generate` alike: it is a step of a plain masked diffusion model (sotu_latent.yaml). A single token
             needs no latent, and a random one would be noise. (A step with a `confidence_threshold` may reveal all that
@@ -124,8 +121,14 @@ class VMDConfig(PreTrainedConfig):
         mask_token_id: Id of the mask token. It never has probability.
         pad_token_id: Id of the pad token. It never has probability, unless it is also an end-of-sequence token.
         eos_token_id: Id(s) of the end-of-sequence token.
-        backbone_config: Config of a masked language model of transformers that is the denoiser in the place of this
-            package's own (see `VMDForMaskedDiffusion.from_masked_lm`); `None` for the package's own.
+        backbone_config: Config of a language model of transformers that is the denoiser in the place of this package's
+            own (see `VMDForMaskedDiffusion.from_masked_lm` and `from_causal_lm`); `None` for the package's own.
+        backbone_type: Whether that is a masked or a causal language model, `"masked_lm"` or `"causal_lm"`. The clean
+            tokens of a causal one attend to nothing on their right, in their own block either.
+        token_shift: Whether the hidden state before a token predicts it, as in a causal language model, or the one at
+            its own place. Backbones in blocks only.
+        causal_loss_weight: In training mode this times the next-token cross-entropy of the clean tokens is added to
+            the loss, and to nothing that is reported: it keeps the causal language model that a backbone is.
         tie_word_embeddings: Whether the output projection is the token embedding.
         attention_dropout, hidden_dropout: Dropout probabilities.
         norm_eps: Epsilon of the layer norms.
@@ -163,6 +166,7 @@ class VMDConfig(PreTrainedConfig):
     latent_size: int = 64
     conditioning_size: int = 128
     candidate_tokens: int = 128
+    causal_head_size: int = 0
     latent_input: Literal["layers", "layers_and_positions", "position_slices"] = "layers"
     num_latent_encoder_layers: int = 1
     block_size: int | None = None
@@ -170,7 +174,6 @@ class VMDConfig(PreTrainedConfig):
     objective: Literal["vmd", "per_sample", "per_step"] = "vmd"
     objective_steps: list[int] | tuple[int, ...] = (1, 2, 4)
     left_to_right: float | int = 0.0
-    objective_draws: int = 1
     latent_min_tokens: int = 1
     kl_weight: float | int = 1.0
     kl_warmup_steps: int = 1000
@@ -179,6 +182,9 @@ class VMDConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     backbone_config: dict | PreTrainedConfig | None = None
+    backbone_type: Literal["masked_lm", "causal_lm"] = "masked_lm"
+    token_shift: bool = False
+    causal_loss_weight: float | int = 0.0
     tie_word_embeddings: bool = True
     attention_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
@@ -209,7 +215,7 @@ class VMDConfig(PreTrainedConfig):
             targets = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
             # The package's own layers, and what a backbone may call the projections to queries and values.
             names = ["qkv_proj", "o_proj", "query", "value", "q_lin", "v_lin", "q_proj", "v_proj", "query_proj"]
-            targets.setdefault(self.model_type, [*names, "value_proj", "Wqkv"])
+            targets.setdefault(self.model_type, [*names, "value_proj", "Wqkv", "c_attn"])
         return super().to_dict()
 
     @property
@@ -270,12 +276,15 @@ class VMDConfig(PreTrainedConfig):
                 f"latent_size={self.latent_size}, latent_type={self.latent_type!r} and "
                 f"backbone_config={self.backbone_config}"
             )
-        if self.num_states and (
-            self.objective == "per_sample" or self.objective_draws > 1 or self.latent_min_tokens > 1
-        ):
+        if self.num_states and (self.objective == "per_sample" or self.latent_min_tokens > 1):
             raise ValueError(
-                "latent_type='chain' needs objective 'vmd' or 'per_step', objective_draws 1 and latent_min_tokens 1, "
-                f"got {self.objective!r}, {self.objective_draws} and {self.latent_min_tokens}"
+                "latent_type='chain' needs objective 'vmd' or 'per_step' and latent_min_tokens 1, got "
+                f"{self.objective!r} and {self.latent_min_tokens}"
+            )
+        if self.causal_head_size < 0 or (self.causal_head_size and (self.latent_size or self.objective == "vmd")):
+            raise ValueError(
+                "causal_head_size must be 0, or above with latent_size 0 and objective 'per_step' or 'per_sample', "
+                f"got {self.causal_head_size}, {self.latent_size} and {self.objective!r}"
             )
         if self.latent_size % self.num_latent_slices:
             raise ValueError(
@@ -284,10 +293,26 @@ class VMDConfig(PreTrainedConfig):
             )
         if self.loop_loss and self.num_loops == 1:
             raise ValueError("loop_loss needs num_loops of at least 2, got 1")
-        if self.backbone_config is not None and (self.block_size is not None or self.num_loops > 1):
+        if self.backbone_config is not None and (self.prior == "learned" or self.num_loops > 1):
             raise ValueError(
-                "a backbone reads whole sequences, once: block_size must be None and num_loops 1, got "
-                f"{self.block_size} and {self.num_loops}"
+                "a backbone is run through once and has no prior of its own: num_loops must be 1 and prior "
+                f"'standard', got {self.num_loops} and {self.prior!r}"
+            )
+        causal = self.backbone_config is not None and self.backbone_type == "causal_lm"
+        if self.backbone_type == "causal_lm" and (not causal or self.block_size is None):
+            raise ValueError(
+                "backbone_type='causal_lm' needs a backbone_config and block_size, the tokens of a block, got "
+                f"{type(self.backbone_config).__name__} and {self.block_size}"
+            )
+        if self.token_shift and (self.backbone_config is None or self.block_size is None):
+            raise ValueError(
+                "token_shift needs a backbone_config and block_size, got "
+                f"{type(self.backbone_config).__name__} and {self.block_size}"
+            )
+        if self.causal_loss_weight and not causal:
+            raise ValueError(
+                "causal_loss_weight needs backbone_type='causal_lm', got "
+                f"{self.causal_loss_weight} and {self.backbone_type!r}"
             )
         from transformers.activations import ACT2FN  # which needs torch
 
@@ -324,14 +349,7 @@ class VMDConfig(PreTrainedConfig):
                 'latent_min_tokens must be at least 1, and 1 unless objective is "per_step", got '
                 f"{self.latent_min_tokens} and {self.objective!r}"
             )
-        if self.objective_draws < 1:
-            raise ValueError(f"objective_draws must be at least 1, got {self.objective_draws}")
-        if self.objective_draws > 1 and self.objective == "per_sample" and set(self.objective_steps) != {1}:
-            raise ValueError(
-                "objective_draws above 1 need objective_steps (1,) under per_sample, got "
-                f"{self.objective_draws} and {list(self.objective_steps)}"
-            )
-        for name in ("kl_weight", "kl_warmup_steps", "initializer_range"):
+        for name in ("kl_weight", "kl_warmup_steps", "initializer_range", "causal_loss_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
         for name in ("attention_dropout", "hidden_dropout"):

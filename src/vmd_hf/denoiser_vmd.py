@@ -22,11 +22,13 @@ class VMDModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: (batch, length, hidden_size), after the final norm.
         keys_values: Of clean tokens that were read in this pass, a pair for each layer; inside the package only.
+        before: With `token_shift`, what a [`CleanContext`] holds under this name; inside the package only.
         hidden_states, attentions: As everywhere in transformers, on request.
     """
 
     last_hidden_state: torch.Tensor | None = None
     keys_values: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None
+    before: tuple[torch.Tensor, torch.Tensor] | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -40,9 +42,11 @@ class VMDDenoiser(VMDPreTrainedModel):
         """How the rows are laid out for `run`: as they are, or on a grid of blocks. Checks shapes."""
         check_inputs(input_ids, attention_mask, position_ids, self.config)
         if self.config.block_size is not None:
-            return lay_out_blocks(input_ids, attention_mask, position_ids, self.config.block_size)
+            layout = lay_out_blocks(input_ids, attention_mask, position_ids, self.config.block_size)
+            layout.causal = self.config.backbone_type == "causal_lm"
+            return layout
         layout = lay_out_rows(input_ids, attention_mask, position_ids)
-        if layout.document is not None and self.config.gaussian_size:
+        if layout.document is not None and (self.config.gaussian_size or self.config.causal_head_size):
             require(
                 layout.document.amax() == 0,
                 "position_ids must not restart within a row where block_size is None and there is a latent, which "
@@ -109,8 +113,9 @@ class VMDDenoiser(VMDPreTrainedModel):
             for_head: Whether [`VMDForMaskedDiffusion`] asks, whose part this model may be.
 
         Returns:
-            `last_hidden_state` (batch, length, hidden_size), after the final norm. With blocks, `attentions` are those
-            on the grid, of queries and keys [clean, noisy].
+            `last_hidden_state` (batch, length, hidden_size), after the final norm: of each column that from which its
+            token is predicted, but of `clean` tokens their own. With blocks, `attentions` are those on the grid, of
+            queries and keys [clean, noisy].
 
         Raises:
             ValueError: for a wrong shape, or more tokens than a position table has; and where somebody else than its
@@ -126,7 +131,7 @@ class VMDDenoiser(VMDPreTrainedModel):
         grid = layout.scatter(input_ids, 0)
         if self.latent_prior is not None and latents is None:
             # Not by `read`, whose call an exporter would take for one with the public arguments.
-            hidden_states, context = read_context(self.run(grid, layout, clean=True, return_dict=True), layout)
+            hidden_states, context = read_context(grid, self.run(grid, layout, clean=True, return_dict=True), layout)
             latents, _ = self.latent_prior(last_before_blocks(hidden_states, layout))
         elif self.config.block_size is not None:
             context = CleanContext(
@@ -157,7 +162,8 @@ class VMDDenoiser(VMDPreTrainedModel):
         Returns:
             Hidden states (batch, N * width, hidden_size), and what `run` needs to know of these tokens.
         """
-        return read_context(self(input_ids, layout=layout, context=context, clean=True, return_dict=True), layout)
+        outputs = self(input_ids, layout=layout, context=context, clean=True, return_dict=True)
+        return read_context(input_ids, outputs, layout)
 
     def condition(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (batch, N, latent_size) to conditioning vectors (batch, N, ..., conditioning_size + 1)."""
@@ -172,9 +178,18 @@ class VMDDenoiser(VMDPreTrainedModel):
         return conditioning * enough.view(*enough.shape, *[1] * (conditioning.dim() - enough.dim()))
 
 
-def read_context(outputs: VMDModelOutput, layout: Layout) -> tuple[torch.Tensor, CleanContext]:
-    """Hidden states of a pass over clean tokens, and what later passes need to know of it."""
-    return outputs.last_hidden_state, CleanContext(outputs.keys_values, layout.token_index(clean=True))
+def read_context(
+    input_ids: torch.Tensor, outputs: VMDModelOutput, layout: Layout
+) -> tuple[torch.Tensor, CleanContext]:
+    """Hidden states of a pass over clean tokens on the grid, and what later passes need to know of it: where it gave
+    no keys and values, all of them read the tokens again."""
+    places = layout.token_index(clean=True)
+    if outputs.keys_values is None:
+        context = CleanContext(input_ids=input_ids, position_ids=layout.position_ids, new=places)
+    else:
+        context = CleanContext(outputs.keys_values, places)
+    context.before = outputs.before
+    return outputs.last_hidden_state, context
 
 
 def gather_hidden_states(hidden_states, layout: Layout):

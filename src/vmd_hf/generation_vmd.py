@@ -2,7 +2,7 @@
 its cache, and the loop over blocks and steps. What happens in a step is in sampling_vmd."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .sampling_vmd import (
     RemaskingRule,
     Sampler,
     SamplerState,
+    SamplerStep,
     check_generators,
     draw_for,
     exponential,
@@ -90,6 +91,19 @@ def execution_device(model, input_ids: torch.Tensor) -> torch.device:
     device = getattr(getattr(model.get_input_embeddings(), "_hf_hook", None), "execution_device", None)
     device = model.device if device is None else torch.device(device)
     return input_ids.device if device.type == "meta" else device
+
+
+def check_causal(config: VMDGenerationConfig, rule: RemaskingRule | None, logits_processor) -> None:
+    """What a model with a causal head, which draws tokens where positions are chosen already, can do."""
+    asked = {
+        "remasking": rule or (config.remasking if config.remasking == "top_prob" else None),
+        "output_confidences": config.output_confidences or None,
+        "corrector": config.corrector if config.corrector == "confidence" else None,
+        "logits_processor": logits_processor,
+    }
+    for name, value in asked.items():
+        if value is not None:
+            raise ValueError(f"{name} must not depend on the tokens drawn with a causal head, got {value!r}")
 
 
 def ordinary(values: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -211,6 +225,8 @@ class VMDGenerationMixin:
         """
         config, rule = self._generation_settings(generation_config, remasking, kwargs)
         self._check_generation_inputs(input_ids, attention_mask, latents, generator, config)
+        if self.causal_head is not None:
+            check_causal(config, rule, logits_processor)
         with torch.inference_mode():
             output = self._generate(
                 config,
@@ -341,6 +357,8 @@ class VMDGenerationMixin:
             if self.chain is not None:
                 logits, marginals, states = self._predict_by_chain(state, index, work, hidden_states, logits)
             step_done = state.sampler(logits, work, step, marginals)
+            if self.causal_head is not None:
+                step_done.tokens = self._draw_in_turn(state, work, hidden_states, step_done)
             if self.chain is not None:
                 before = state.latents[:, index]
                 chosen = torch.where(step_done.revealed, states, before.gather(-1, work.columns))
@@ -393,7 +411,7 @@ class VMDGenerationMixin:
         context = state.context if state.reader is None else state.reader.context
         outputs = self.model(inputs, layout=window, conditioning=conditioning, context=context, return_dict=True)
         if state.reader is not None:
-            state.reader.keep(outputs.keys_values)
+            state.reader.keep(outputs)
         if scale is None:
             return outputs.last_hidden_state
         guided, unguided = outputs.last_hidden_state.chunk(2)
@@ -433,6 +451,23 @@ class VMDGenerationMixin:
             of_states = of_states.gather(1, columns[..., None].expand(-1, -1, chain.num_states))
             marginals = chain.marginal_log_probs(*flat, of_states.flatten(0, 1)).view_as(logits)
         return chain.token_log_probs(*flat, states.flatten()).view_as(logits), marginals, states
+
+    def _draw_in_turn(
+        self, state: GenerationState, work: SamplerState, hidden_states: torch.Tensor, step: SamplerStep
+    ) -> torch.Tensor:
+        """By a causal head: tokens (batch, k) int64 of which the revealed ones are drawn from left to right, each
+        given those before it; the first of them stays, and waits for the device to say how many there are."""
+        order = step.revealed.long().argsort(dim=-1, descending=True, stable=True)
+        columns = work.columns.gather(-1, order)[..., None].expand(-1, -1, hidden_states.shape[-1])
+        tokens, hidden_states = step.tokens.gather(-1, order), hidden_states.gather(1, columns)
+        num_revealed, memory = step.revealed.sum(-1, keepdim=True), None
+        for place in range(1, int(num_revealed.max())):
+            embeddings = self.get_input_embeddings()(tokens[:, place - 1, None])
+            before, after = hidden_states[:, place - 1, None], hidden_states[:, place, None]
+            changed, memory = self.causal_head.read(embeddings, before, after, memory)
+            logits, of_place = self.compute_logits(changed).float(), replace(work, candidates=num_revealed > place)
+            tokens[:, place, None] = state.sampler.draw_tokens(logits, of_place)
+        return step.tokens.scatter(-1, order, tokens)
 
     def _conditioning(
         self, state: GenerationState, work: SamplerState, step: int, conditioning: torch.Tensor | None
@@ -481,7 +516,8 @@ class VMDGenerationMixin:
         context, block = state.reader.context, state.rounds.block[:, index]
         before = torch.zeros(len(block), self.config.hidden_size, device=block.device, dtype=self.dtype)
         if context.input_ids is not None:
-            width, first = state.canvas.layout.width, context.new.block[:, :1]
+            width = state.canvas.layout.width
+            first = context.new.block[:, :1] // width
             new = Layout(
                 num_blocks=context.input_ids.shape[1] // width,
                 width=width,
@@ -491,7 +527,7 @@ class VMDGenerationMixin:
                 first_block=first,
             )
             hidden_states, read = self.model.read(context.input_ids, new, context.without_new())
-            state.reader.keep(read.keys_values)
+            state.reader.keep(read)
             last = (block - first[: len(block), 0]) * width - 1  # -1: nothing before the block
             state.num_forward_passes += working & (last >= 0)
             rows = torch.arange(len(block), device=block.device)

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .hub import check_tokenizer, default_device, load_model, load_tokenizer
-from .likelihood import Bound, nelbo
+from .likelihood import Bound, Order, nelbo
 from .modeling_vmd import VMDForMaskedDiffusion
 
 try:
@@ -64,8 +64,8 @@ class VMDLM(TemplateLM):
     """A [`VMDForMaskedDiffusion`] for tasks of lm-evaluation-harness.
 
     Log-likelihoods are minus a bound of [`nelbo`], in nats: in expectation they are not above log p(continuation |
-    context) of the sampler that takes `num_steps` steps and reveals tokens in random order, at temperature 1. No token
-    is put before a text: a masked diffusion model predicts the first one, too.
+    context) of the sampler that takes `num_steps` steps and reveals tokens in `order`, at temperature 1. No token is
+    put before a text: a masked diffusion model predicts the first one, too.
 
     `is_greedy` says whether one call of `generate` gives the continuation: the most probable tokens, as many masks as
     the continuation has tokens, the remasking rule and the sampler that are saved with the model. With a latent that
@@ -83,7 +83,7 @@ class VMDLM(TemplateLM):
             `vmd`).
         num_steps: T of the bounds and of generation; default: that of the model's generation config, or, where it has
             none, one token a step.
-        num_samples, num_orders: As in [`nelbo`].
+        num_samples, num_orders, order: As in [`nelbo`].
         batch_size: Requests in one forward pass; `"auto"` is not supported.
         max_length: Most tokens of context and continuation; default: `max_position_embeddings`.
         max_gen_toks: New tokens where a task does not say how many.
@@ -103,6 +103,7 @@ class VMDLM(TemplateLM):
         num_steps: int | None = None,
         num_samples: int = 1,
         num_orders: int = 1,
+        order: Order = "random",
         batch_size: int | str = 1,
         max_length: int | None = None,
         max_gen_toks: int = 256,
@@ -133,7 +134,7 @@ class VMDLM(TemplateLM):
         self.tokenizer = tokenizer
         self.bound = bound or ("per_sample" if model.config.objective == "per_sample" else "per_step")
         self.num_steps = model.generation_config.num_steps if num_steps is None else num_steps
-        self.num_samples, self.num_orders = num_samples, num_orders
+        self.num_samples, self.num_orders, self.order = num_samples, num_orders, order
         self.batch_size = int(batch_size)
         self.max_length = max_length or longest
         self.max_gen_toks = max_gen_toks
@@ -256,6 +257,7 @@ class VMDLM(TemplateLM):
             num_steps=input_ids.shape[1] if self.num_steps is None else self.num_steps,
             num_samples=self.num_samples,
             num_orders=self.num_orders,
+            order=self.order,
             generator=_generators(batch),
         )
         is_greedy = torch.zeros(len(batch), dtype=torch.bool)

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import (
@@ -188,21 +187,6 @@ def upload_folder(
     )
 
 
-def upload_model(
-    model: VMDForMaskedDiffusion,
-    repo_id: str,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    card: str | None = None,
-    **settings,
-) -> CommitInfo:
-    """`export_model` into a temporary folder, with `card` as its README.md, then `upload_folder` with `settings`."""
-    with TemporaryDirectory() as folder:
-        export_model(model, folder, tokenizer)
-        if card is not None:
-            Path(folder, "README.md").write_text(card)
-        return upload_folder(folder, repo_id, **settings)
-
-
 __all__ = [
     "check_model",
     "check_tokenizer",
@@ -214,5 +198,4 @@ __all__ = [
     "load_tokenizer",
     "saved_with_code",
     "upload_folder",
-    "upload_model",
 ]

@@ -217,4 +217,4 @@ def add_gated(residual, update, gate):
     return torch.addcmul(*blocks).flatten(1, 2)
 
 
-__all__ = ["VMDGroupBias", "VMDLayer", "VMDZeroLinear", "eager_attention_forward", "rotary_angles"]
+__all__ = ["VMDGroupBias", "VMDLayer", "VMDZeroLinear", "append", "eager_attention_forward", "rotary_angles"]

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -11,16 +12,17 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .backbones_vmd import VMDBackbone, backbone_settings, load_masked_lm
+from .backbones_vmd import VMDBackbone, add_mask_token, backbone_settings, load_language_model
 from .blocks_vmd import AttentionChunks, CleanContext, Layout, block_attention_mask, join_token_indices
+from .causal_vmd import VMDCausalHead
 from .chain_vmd import VMDChain
 from .checks_vmd import OWN_LOSS, check_shape
 from .configuration_vmd import VMDConfig
 from .denoiser_vmd import VMDDenoiser, VMDModelOutput, gather_hidden_states
-from .generation_vmd import VMDGenerationConfig, VMDGenerationMixin
+from .generation_vmd import VMDGenerationConfig, VMDGenerationMixin, execution_device
 from .latents_vmd import VMDConditioner, VMDLatentEncoder, VMDLatentPrior, VMDPositionInputs
 from .layers_vmd import VMDLayer
-from .objective_vmd import chain_loss, corrupt, read_clean, variational_loss
+from .objective_vmd import chain_loss, corrupt, next_token_loss, read_clean, variational_loss
 from .saving_vmd import VMDPreTrainedModel
 
 
@@ -30,8 +32,7 @@ class VMDMaskedDiffusionOutput(ModelOutput):
 
     Attributes:
         loss: Scalar, `reconstruction_loss + kl_weight * kl`, nats a labelled token. With labels only. (In training
-            mode the KL term also carries warm-up and free bits. With several `objective_draws` the loss is lower: it
-            has the logarithm of their mean, and the terms are still reported as means over them.)
+            mode the KL term also carries its warm-up.)
         logits: (batch, length, vocabulary). Without labels only.
         reconstruction_loss: Scalar, the weighted cross-entropy R of the masked tokens over the number of labelled
             tokens.
@@ -192,17 +193,19 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = (r"^kl_warmup_progress$",)
     generation_config_class = VMDGenerationConfig
 
-    def __init__(self, config: VMDConfig):
+    def __init__(self, config: VMDConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
-        self.model = VMDModel(config) if config.backbone_config is None else VMDBackbone(config)
+        own = config.backbone_config is None
+        self.model = VMDModel(config) if own else VMDBackbone(config, language_model)
         self.lm_head = None
-        if config.backbone_config is None:
+        if own:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         else:
             self._tied_weights_keys = None  # the backbone's own are
         self.model.has_head = True
         self.latent_encoder = VMDLatentEncoder(config) if config.gaussian_size else None
         self.chain = VMDChain(config) if config.num_states else None
+        self.causal_head = VMDCausalHead(config) if config.causal_head_size else None
         self.post_init()
 
     @classmethod
@@ -217,33 +220,94 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
 
         Its weights are not changed, and at the start the logits are the model's own, whatever z is (but for the mask
         and pad tokens, which have probability 0). Train it wholly, by LoRA, or with `model.model.masked_lm` frozen.
-        Whole sequences only.
 
         Args:
             model: The masked language model, which becomes part of this one, or its folder or Hub id.
-            latent_size: Dimensions of z.
+            latent_size: Dimensions of z, or states of the chain.
             mask_token_id: Default: that of the tokenizer beside the model, which must be given by its name then.
-            kwargs: Further fields of [`VMDConfig`].
+            kwargs: Further fields of [`VMDConfig`]: `latent_type="chain"`, `block_size` ... With blocks the model must
+                be one of transformers with attention in all its layers, a cache, and no window that is shorter than
+                the sequences (BERT, RoBERTa, EuroBERT ...; not ModernBERT).
 
         Raises:
             ValueError: for a model without an encoder and an output embedding, without a known mask token, or with a
-                tokenizer that is not its own.
+                tokenizer that is not its own; for one that cannot be read in blocks.
         """
         if not isinstance(model, PreTrainedModel):
-            model, mask_token_id = load_masked_lm(model, mask_token_id)
+            model, mask_token_id, _ = load_language_model(model, "masked_lm", mask_token_id)
         if mask_token_id is None:
             raise ValueError("mask_token_id must be given with a model object, got None")
-        settings = backbone_settings(model) | {"latent_size": latent_size, "mask_token_id": mask_token_id} | kwargs
-        vmd = cls(VMDConfig(**settings)).to(device=model.device, dtype=model.dtype).train(model.training)
-        vmd.model.masked_lm = model
+        return cls._around(model, "masked_lm", latent_size=latent_size, mask_token_id=mask_token_id, **kwargs)
+
+    @classmethod
+    def from_causal_lm(
+        cls,
+        model: str | os.PathLike | PreTrainedModel,
+        block_size: int,
+        token_shift: bool = True,
+        latent_type: Literal["gaussian", "chain"] = "chain",
+        latent_size: int = 64,
+        mask_token_id: int | None = None,
+        **kwargs,
+    ) -> "VMDForMaskedDiffusion":
+        """A block diffusion model around a causal language model that somebody else trained (Llama, Qwen, GPT-2 ...).
+
+        Clean tokens are read as the causal model reads them; the tokens of a block under denoising see one another and
+        the clean blocks before. With `block_size=1` and the shift it is the causal model: the same logits, likelihood
+        and greedy continuation (but for the mask token, and a pad token, whose probability is 0). See
+        `backbones_vmd.py` for what a model needs, and for what is done with the first token of a document.
+
+        Train it wholly, by LoRA, or with `model.model` frozen, the chain alone; in blocks that grow, by
+        `from_pretrained(folder, block_size=8)` after a training with fewer.
+
+        Args:
+            model: The causal language model, which becomes part of this one, or its folder or Hub id.
+            block_size: Tokens of a block.
+            token_shift: Whether the hidden state before a token predicts it, as in the causal model, or that at its
+                own place, which has to be learned.
+            latent_type, latent_size: Of [`VMDConfig`]; `latent_size=0` for no latent.
+            mask_token_id: A token that the model has and texts do not. Default: the mask token of the tokenizer beside
+                a model that is given by its name, or a new one, whose embedding is the mean of all others. If the
+                tokenizer gets it, too, `save_pretrained` saves it with the model.
+            kwargs: Further fields of [`VMDConfig`]: `causal_loss_weight`, `objective` ...
+
+        Raises:
+            ValueError: for a model that is no causal language model with a head, has other layers than attention, or
+                whose tokenizer is not its own. Rows beyond a sliding window are errors later.
+        """
+        if block_size is None:
+            raise ValueError("block_size must be at least 1 with a causal language model, got None")
+        tokenizer = None
+        if not isinstance(model, PreTrainedModel):
+            model, mask_token_id, tokenizer = load_language_model(model, "causal_lm", mask_token_id)
+        fields = {"block_size": block_size, "token_shift": token_shift, "latent_type": latent_type}
+        backbone_settings(model, "causal_lm", with_blocks=True)  # what is wrong with it is said before it is changed
+        if mask_token_id is None:
+            mask_token_id = model.get_input_embeddings().num_embeddings
+            add_mask_token(model, mask_token_id)
+        fields |= {"latent_size": latent_size, "mask_token_id": mask_token_id}
+        vmd = cls._around(model, "causal_lm", **fields, **kwargs)
+        vmd._tokenizer_to_save = tokenizer
         return vmd
 
+    @classmethod
+    def _around(cls, model: PreTrainedModel, backbone_type: str, **fields) -> "VMDForMaskedDiffusion":
+        settings = backbone_settings(model, backbone_type, fields.get("block_size") is not None)
+        vmd = cls(VMDConfig(**settings | fields), model)
+        if fields.get("attn_implementation") is not None:
+            model.set_attn_implementation(fields["attn_implementation"])
+        device = execution_device(model, torch.empty(0))
+        for part in (*vmd.children(), *vmd.model.children()):
+            if not isinstance(part, PreTrainedModel):
+                part.to(device=device, dtype=model.dtype)
+        return vmd.train(model.training)
+
     def get_output_embeddings(self):
-        return self.model.masked_lm.get_output_embeddings() if self.lm_head is None else self.lm_head
+        return self.model.language_model.get_output_embeddings() if self.lm_head is None else self.lm_head
 
     def set_output_embeddings(self, new_embeddings):
         if self.lm_head is None:
-            self.model.masked_lm.set_output_embeddings(new_embeddings)
+            self.model.language_model.set_output_embeddings(new_embeddings)
         else:
             self.lm_head = new_embeddings
 
@@ -289,7 +353,7 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
                 objectives it ranks the order of revealing (the loss depends on the masks alone where no latent is told
                 what is revealed). To give a mask itself: 0 where masked, 1 elsewhere.
             latent_noise: (batch, latent_size), with blocks (batch, blocks, latent_size), float, standard normal:
-                z = mean + std * latent_noise. With several `objective_draws` they are the dimension before the last.
+                z = mean + std * latent_noise.
             noise_seeds: (batch,) int64. What is not given of the three is a function of the row's seed and of nothing
                 else; consecutive seeds have stratified times. (See `vmd_hf.training.SeededNoiseCallback`.)
             num_items_in_batch: Labelled tokens over which the loss is averaged; default: those of this batch.
@@ -321,6 +385,8 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
             loss = chain_loss(self, batch, corruption, num_items_in_batch, **kwargs)
         else:
             loss = variational_loss(self, batch, corruption, noise, num_items_in_batch, **kwargs)
+        if batch.clean_states is not None:
+            loss.loss = loss.loss + self.config.causal_loss_weight * next_token_loss(self, batch, num_items_in_batch)
         return VMDMaskedDiffusionOutput(
             loss=loss.loss,
             reconstruction_loss=loss.reconstruction_loss,

@@ -19,10 +19,11 @@ With a chain (`chain_vmd.py`) there is no KL, and R(M_t) = -log p(x_{M_t} | x_t)
 Every step is trained by it, times the share of M_t that it reveals: the joint of a part of M_t follows from it, and
 scoring the part alone was worse (RESULTS.md).
 
+With a causal head (`causal_vmd.py`), which has no joint probability but that of the tokens it reads, R(A_k) is exact.
+
 The same pieces, corruption aside, make the likelihood bounds (`vmd_hf.nelbo`).
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,7 @@ class CleanBatch:
         context: With blocks, the clean tokens that they see, read once.
         before: With blocks, (batch, N, hidden): the clean hidden state before each block.
         prior: Mean and log-variance of a learned prior, each (batch, N, latent_size); none: N(0, I).
+        clean_states: In training with `causal_loss_weight`, (batch, N * width, hidden) of the clean tokens.
     """
 
     layout: Layout
@@ -62,6 +64,7 @@ class CleanBatch:
     context: CleanContext | None = None
     before: torch.Tensor | None = None
     prior: tuple[torch.Tensor, ...] = ()
+    clean_states: torch.Tensor | None = None
 
     def select(self, rows: torch.Tensor) -> "CleanBatch":
         """The batch that is made of these rows (int64, any number of times each)."""
@@ -105,6 +108,8 @@ def read_clean(model, input_ids, labels=None, attention_mask=None, position_ids=
     if model.config.block_size is not None:
         hidden_states, batch.context = model.model.read(clean, layout)
         batch.before = last_before_blocks(hidden_states, layout)
+        if model.training and model.config.causal_loss_weight:
+            batch.clean_states = hidden_states
         if model.model.latent_prior is not None:
             batch.prior = model.model.latent_prior(batch.before)
     return batch
@@ -128,16 +133,15 @@ def corrupt(
     latent_noise: torch.Tensor | None = None,
     noise_seeds: torch.Tensor | None = None,
 ) -> tuple[Corruption, torch.Tensor]:
-    """M_t, A_k and w of each block, (batch, N, ...), and the noise of its latent (batch, N, draws, latent_size).
+    """M_t, A_k and w of each block, (batch, N, ...), and the noise of its latent (batch, N, latent_size).
 
     Noise that is not given is drawn in training mode and hashed from the tokens in evaluation mode, or a function of
     `noise_seeds`; shapes as in `VMDForMaskedDiffusion.forward`, but `position_noise`, which is on the grid.
     """
     config, layout, (rows, num_blocks, _) = model.config, batch.layout, batch.x_0.shape
-    per_block = config.objective_draws, config.gaussian_size
+    per_block = (config.gaussian_size,)
     given_shape = (rows,) if config.block_size is None else (rows, num_blocks)
-    given_draws = per_block if config.objective_draws > 1 else (config.gaussian_size,)
-    check_noise(times, latent_noise, given_shape, given_draws, config)
+    check_noise(times, latent_noise, given_shape, per_block, config)
     if noise_seeds is not None:
         check_shape("noise_seeds", noise_seeds, (rows,))
         noise = seeded_noise(noise_seeds, batch.maskable, layout.blocks(layout.position_ids), per_block)
@@ -212,6 +216,17 @@ def denoise(model, batch: CleanBatch, masked: torch.Tensor, num_revealed: torch.
     )
 
 
+def given_earlier(model, hidden_states: torch.Tensor, batch: CleanBatch, revealed: torch.Tensor) -> torch.Tensor:
+    """Hidden states (batch, N * width, hidden) of the denoiser; with a causal head those of revealed tokens (batch, N,
+    width) given the ones to their left in the same step."""
+    if model.causal_head is None:
+        return hidden_states
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        embeddings = model.get_input_embeddings()(batch.x_0.flatten(0, 1))
+        blocks = batch.layout.blocks(hidden_states).flatten(0, 1)
+        return model.causal_head(blocks, embeddings, revealed.flatten(0, 1)).view_as(hidden_states)
+
+
 def block_cross_entropy(model, hidden_states: torch.Tensor, x_0: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
     """Sum of -log p(x_0^i | x_t, z) over the scored tokens of each block, (batch, N) float32, in nats.
 
@@ -238,7 +253,7 @@ def chain_cross_entropy(
     """
     with torch.autocast(hidden_states.device.type, enabled=False):
         hidden_states = batch.layout.blocks(hidden_states).flatten(0, 1)
-        transitions = model.chain.transitions(hidden_states, batch.layout.restarts(), masked.flatten(0, 1))
+        transitions = model.chain.transitions(hidden_states, batch.layout.restarts())
         index = scored.flatten().nonzero().squeeze(-1)
         states = hidden_states.flatten(0, 1)[index]
         log_probs = model.chain.emission_log_probs(states, model.compute_logits(states), batch.x_0.flatten()[index])
@@ -257,9 +272,10 @@ def normaliser(batch: CleanBatch, num_items_in_batch: torch.Tensor | int | None)
 def cross_entropy_of(
     model, hidden_states: torch.Tensor, batch: CleanBatch, masked: torch.Tensor, revealed: torch.Tensor
 ) -> torch.Tensor:
-    """-log p(revealed tokens | x_t, z), (batch, N) float32, in nats: by a chain, or of independent tokens. Arguments
-    as in [`chain_cross_entropy`]."""
+    """-log p(revealed tokens | x_t, z), (batch, N) float32, in nats: by a chain, by a causal head, or of independent
+    tokens. Arguments as in [`chain_cross_entropy`]."""
     if model.chain is None:
+        hidden_states = given_earlier(model, hidden_states, batch, revealed)
         return block_cross_entropy(model, hidden_states, batch.x_0, revealed)
     return chain_cross_entropy(model, hidden_states, batch, masked, revealed)
 
@@ -271,10 +287,8 @@ def marginal_logits(model, hidden_states: torch.Tensor, batch: CleanBatch, maske
     logits = model.compute_logits(hidden_states[masked]).float()
     if model.chain is None:
         return logits
-    in_groups = masked.flatten(0, 1)
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        transitions = model.chain.transitions(hidden_states.flatten(0, 1), batch.layout.restarts(), in_groups)
-        states = state_marginals(transitions, in_groups).view(*masked.shape, -1)
+    transitions = model.chain.transitions(hidden_states.flatten(0, 1), batch.layout.restarts())
+    states = state_marginals(transitions, masked.flatten(0, 1)).view(*masked.shape, -1)
     return model.chain.marginal_log_probs(hidden_states[masked], logits, states[masked])
 
 
@@ -290,6 +304,17 @@ def chain_loss(
     num_items = normaliser(batch, num_items_in_batch)
     loss = (corruption.weight * share * losses).sum() / num_items
     return Loss(loss, loss.detach(), loss.new_zeros(()), None, None, outputs, batch.layout)
+
+
+def next_token_loss(model, batch: CleanBatch, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+    """Next-token cross-entropy of the labelled clean tokens that have one before them, over the number of labelled
+    tokens, in nats: the loss of the causal language model that a backbone is. Its clean tokens see nothing on their
+    right, or it would be no such loss."""
+    document = batch.layout.document
+    follows = F.pad(document[:, 1:] == document[:, :-1], (1, 0))
+    scored = batch.maskable & batch.layout.blocks(follows)
+    before = F.pad(batch.clean_states[:, :-1], (0, 0, 1, 0))
+    return block_cross_entropy(model, before, batch.x_0, scored).sum() / normaliser(batch, num_items_in_batch)
 
 
 def variational_loss(
@@ -311,48 +336,33 @@ def variational_loss(
         mean, log_variance = posterior(model, batch, masked, revealed)
         kl_elements = gaussian_kl(mean, log_variance, *batch.prior) * has_latent[..., None]
         shift = (standardised(mean, *batch.prior) * has_latent[..., None]).detach()
-        per_draw = (part[:, :, None] for part in (mean, log_variance))
-        prior = (part[:, :, None] for part in batch.prior)
-        latents, log_ratio = draw_latents(*per_draw, latent_noise, *prior)  # (batch, N, draws, latent_size)
+        latents, _ = draw_latents(mean, log_variance, latent_noise, *batch.prior)  # (batch, N, latent_size)
     sees_revealed = has_latent & (config.objective == "per_step" and config.gaussian_size > 0)
+    if model.causal_head is not None:
+        sees_revealed = num_revealed > 1  # a single token has none before it
     scored, share = scored_tokens(masked, revealed, sees_revealed)
 
-    num_draws = config.objective_draws if config.gaussian_size else 1
-    rows, draws = batch, latents
-    if num_draws > 1:
-        index = torch.arange(masked.shape[0], device=masked.device).repeat_interleave(num_draws)
-        rows, masked, scored, num_revealed = batch.select(index), masked[index], scored[index], num_revealed[index]
-        draws = latents.transpose(1, 2).flatten(0, 1)  # (batch * draws, N, latent_size)
-    elif latents is not None:
-        draws = latents.squeeze(2)
     with_loops = config.loop_loss and model.training
-    outputs = denoise(
-        model, rows, masked, num_revealed, draws, **(kwargs | {"output_hidden_states": True} if with_loops else kwargs)
-    )
-
-    def reconstruction_of(hidden_states):  # (batch, N, draws)
-        losses = block_cross_entropy(model, hidden_states, rows.x_0, scored)
-        return losses.view(-1, num_draws, losses.shape[-1]).transpose(1, 2)
-
-    reconstruction = reconstruction_of(outputs.last_hidden_state)
+    if with_loops:
+        kwargs = kwargs | {"output_hidden_states": True}
+    outputs = denoise(model, batch, masked, num_revealed, latents, **kwargs)
     num_items = normaliser(batch, num_items_in_batch)
     weight = corruption.weight * share / num_items
-    reconstruction_loss = (weight * reconstruction.mean(-1)).sum()
+
+    def reconstruction_of(hidden_states):
+        return (weight * block_cross_entropy(model, hidden_states, batch.x_0, scored)).sum()
+
+    reconstruction_loss = reconstruction_of(given_earlier(model, outputs.last_hidden_state, batch, revealed))
     kl = reconstruction_loss.new_zeros(())
     if kl_elements is not None:
         kl_weight = 1 if config.objective == "per_sample" else corruption.weight
         kl = (kl_weight * kl_elements.sum(-1)).sum() / num_items
-    if num_draws == 1:
-        loss = reconstruction_loss + model.kl_weight() * kl
-    else:
-        log_ratio = log_ratio.sum(-1) * has_latent[..., None]
-        evidence = model.kl_weight() * log_ratio - reconstruction
-        loss = (weight * (math.log(num_draws) - evidence.logsumexp(-1))).sum()
+    loss = reconstruction_loss + model.kl_weight() * kl
     if with_loops:
         earlier = outputs.hidden_states[config.num_hidden_layers : -1 : config.num_hidden_layers]  # before the norm
         length = batch.layout.num_blocks * batch.layout.width  # after the clean tokens
-        losses = [reconstruction_of(model.model.norm(state[:, -length:])).mean(-1) for state in earlier]
-        loss = loss + (weight * sum(losses)).sum() / len(earlier)
+        losses = [reconstruction_of(model.model.norm(state[:, -length:])) for state in earlier]
+        loss = loss + sum(losses) / len(earlier)
     per_latent = num_revealed.shape if config.block_size is not None else num_revealed.shape[:1]
     return Loss(
         loss=loss,
@@ -361,7 +371,7 @@ def variational_loss(
         kl_per_latent=None if kl_elements is None else kl_elements.sum(-1).detach().view(-1, *per_latent[1:]),
         posterior_shift=None if shift is None else shift.view(-1, *per_latent[1:], config.latent_size),
         outputs=outputs,
-        layout=rows.layout,
+        layout=batch.layout,
     )
 
 
@@ -375,6 +385,7 @@ __all__ = [
     "denoise",
     "last_before_blocks",
     "marginal_logits",
+    "next_token_loss",
     "posterior",
     "read_clean",
     "variational_loss",

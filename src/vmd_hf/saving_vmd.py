@@ -17,7 +17,8 @@ from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from .chain_vmd import VMDChain
+from .causal_vmd import VMDUnitLinear
+from .chain_vmd import VMDChainTables
 from .configuration_vmd import REMOVED_FIELDS, VMDConfig
 from .latents_vmd import VMDLatentEncoder, VMDPosteriorLinear
 from .layers_vmd import VMDAttention, VMDGroupBias, VMDLayer, VMDZeroLinear
@@ -47,11 +48,10 @@ class VMDPreTrainedModel(PreTrainedModel):
         Raises:
             OSError: if there are no weights, or they are not whole.
         """
-        name = pretrained_model_name_or_path
+        name, where = pretrained_model_name_or_path, {key: kwargs[key] for key in _WHERE if key in kwargs}
         try:
-            if name is None or kwargs.get("state_dict") is not None or not is_of_version_0_7(name, **kwargs):
+            if name is None or kwargs.get("state_dict") is not None or not is_of_version_0_7(name, **where):
                 return super().from_pretrained(name, *args, **kwargs)
-            where = {key: kwargs[key] for key in _WHERE if key in kwargs}
             config = kwargs.pop("config", None)
             if not isinstance(config, VMDConfig):
                 config, kwargs = VMDConfig.from_pretrained(config or name, return_unused_kwargs=True, **kwargs)
@@ -143,7 +143,7 @@ class VMDPreTrainedModel(PreTrainedModel):
             heads, groupings = module.weight.shape
             favourite = torch.arange(heads)[:, None] % (groupings + 1) == torch.arange(groupings)
             init.copy_(module.weight, 4.0 * favourite)  # e^4 times the weight of what is in no common group
-        elif isinstance(module, VMDChain):
+        elif isinstance(module, VMDChainTables):
             # Emissions differ little between states: training starts near the model without a chain. What breaks the
             # symmetry soon is that states depend much on one another (with a deviation of 0.5 little is learned for
             # hundreds of updates), and large state vectors.
@@ -152,13 +152,14 @@ class VMDPreTrainedModel(PreTrainedModel):
             init.normal_(module.kernels, std=0.05)
             init.normal_(module.state_vectors, std=1.0)
             init.normal_(module.token_vectors, std=0.1 * module.token_vectors.shape[1] ** -0.5)
+        elif isinstance(module, VMDUnitLinear):
+            init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, VMDLatentEncoder):
             init.zeros_(module.kl_warmup_progress)
 
 
-def is_of_version_0_7(name: str | os.PathLike, config: Any = None, **kwargs: Any) -> bool:
+def is_of_version_0_7(name: str | os.PathLike, **where: Any) -> bool:
     """Whether a folder or Hub id holds a model whose weights have to be converted."""
-    where = {key: kwargs[key] for key in _WHERE if key in kwargs}
     try:
         values, _ = VMDConfig.get_config_dict(name, **where)
     except OSError:
@@ -195,12 +196,13 @@ def saved_with_code(model: VMDPreTrainedModel, tokenizer: PreTrainedTokenizerBas
     always: or every checkpoint of a training run would copy the code.)"""
     from .modeling_vmd import VMDForMaskedDiffusion, VMDModel  # which need this module
 
+    tokenizer_before = model._tokenizer_to_save
     classes = ((VMDConfig, "AutoConfig"), (VMDModel, "AutoModel"), (VMDForMaskedDiffusion, "AutoModelForMaskedLM"))
     before = [cls._auto_class for cls, _ in classes]
     config, names = model.config, ("auto_map", "custom_pipelines")
     attributes = {name: getattr(config, name) for name in names if hasattr(config, name)}
     try:
-        model._tokenizer_to_save = tokenizer
+        model._tokenizer_to_save = tokenizer or tokenizer_before
         for cls, auto_class in classes:
             cls.register_for_auto_class(auto_class)
         config.auto_map = {"AutoModel": f"{VMDModel.__module__.rpartition('.')[2]}.{VMDModel.__name__}"}
@@ -208,7 +210,7 @@ def saved_with_code(model: VMDPreTrainedModel, tokenizer: PreTrainedTokenizerBas
         config.custom_pipelines = {"masked-diffusion": pipeline}
         yield
     finally:
-        model._tokenizer_to_save = None
+        model._tokenizer_to_save = tokenizer_before
         for (cls, _), auto_class in zip(classes, before, strict=True):
             cls._auto_class = auto_class
         for name in names:

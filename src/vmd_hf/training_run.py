@@ -3,13 +3,15 @@
 import os
 import tempfile
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import (
+    AutoConfig,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -20,14 +22,24 @@ from transformers import (
 from transformers.utils import logging
 
 from .configuration_vmd import VMDConfig
+from .data.instructions import instruction_dataset, load_instructions
+from .data.receptors import SPLIT_SEEDS, receptor_dataset, receptor_sequences
 from .data.sudoku import SudokuCollator, generate_puzzles, puzzle_dataset, random_boards, sudoku_position_groups
 from .data.synthetic import synthetic_dataset
-from .data.text import evenly_spaced, has_text8_alphabet, text_datasets
+from .data.text import (
+    collate,
+    evenly_spaced,
+    load_documents,
+    stream_documents,
+    text_datasets,
+    text_stream,
+    token_dataset,
+)
 from .generation_vmd import VMDGenerationConfig
-from .hub import check_tokenizer, saved_with_code
+from .hub import check_tokenizer, load_tokenizer, saved_with_code
 from .modeling_vmd import VMDForMaskedDiffusion
 from .recipes import ConfigArguments, DataArguments, ModelArguments
-from .tokenization import task_tokenizer
+from .tokenization import task_tokenizer, text_tokenizer
 from .training import (
     EMACallback,
     FiniteGradientsCallback,
@@ -48,11 +60,11 @@ TRAINING_SETTINGS = {
     "loop_loss",
     "objective",
     "objective_steps",
-    "objective_draws",
     "left_to_right",
     "latent_min_tokens",
     "kl_weight",
     "hidden_dropout",
+    "causal_loss_weight",
 }
 # What a given model without a latent gets together with one.
 LATENT_SETTINGS = {
@@ -66,10 +78,55 @@ LATENT_SETTINGS = {
 }
 
 
-def build_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
-    """Training rows, and validation rows (a synthetic target is known: it needs none)."""
+SHUFFLE_BUFFER = 10_000  # rows of a stream that are mixed with one another
+TOKENIZER_DOCUMENTS = 10_000  # of a stream, on which a tokenizer is trained
+
+
+def read_documents(args: DataArguments) -> dict[str, list[str]] | dict[str, IterableDataset]:
+    """The documents of each split of a task with a source: texts, or rows of instructions."""
+    if args.task == "instructions":
+        return load_instructions(args.source, args.config_name, args.num_eval_rows)
+    if not args.streaming:
+        return load_documents(
+            args.source, text_column=args.text_column, config_name=args.config_name, where=args.where
+        )
+    if args.where:
+        raise ValueError(f"where must be empty with streaming, got {args.where}")
+    return stream_documents(args.source, args.text_column, args.config_name)
+
+
+def build_tokenizer(
+    args: DataArguments, model: str | None, documents: dict[str, list[str]] | dict[str, IterableDataset] | None
+) -> PreTrainedTokenizerBase:
+    """That of a given model (a folder or Hub id), or of a new one."""
+    if args.task not in ("text", "instructions"):
+        return task_tokenizer(args.task, model)
+    if args.task == "instructions":
+        return text_tokenizer(model, args.tokenizer)
+    texts = documents["train"]
+    if args.streaming:
+        texts = (row["text"] for row in texts.take(TOKENIZER_DOCUMENTS))
+    return text_tokenizer(model, args.tokenizer, args.tokenizer_size, texts)
+
+
+def build_data(
+    args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: dict[str, list[str]] | dict[str, IterableDataset] | None = None,
+    seed: int = 0,
+) -> tuple[Dataset | IterableDataset, Dataset | None]:
+    """Training rows, and validation rows (a synthetic target is known: it needs none).
+
+    Args:
+        documents: of the task text, as of `read_documents`.
+        seed: of the order in which rows of a stream are mixed; others are shuffled by the Trainer.
+    """
     if args.task == "synthetic":
         return synthetic_dataset(args.setting, args.num_train_rows, seed=0, correlation=args.correlation), None
+    if args.task == "receptors":
+        numbers = {"train": args.num_train_rows, "validation": args.num_eval_rows}
+        rows = [receptor_dataset(receptor_sequences(count, SPLIT_SEEDS[split])) for split, count in numbers.items()]
+        return rows[0], rows[1]
     if args.task == "sudoku":
         count = args.num_train_rows + args.num_eval_rows
         if args.max_clues:
@@ -80,15 +137,18 @@ def build_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple
         rows = puzzle_dataset(puzzles, solutions, tokenizer)
         train, validation = range(args.num_eval_rows, count), range(args.num_eval_rows)
         return rows.select(train), rows.select(validation)
-    splits = text_datasets(
-        args.source,
-        tokenizer,
-        args.sequence_length,
-        clean=has_text8_alphabet(tokenizer),
-        text_column=args.text_column,
-        where=args.where,
-    )
-    return splits["train"], evenly_spaced(splits["validation"], args.num_eval_rows)
+    if args.task == "instructions":
+        return tuple(
+            instruction_dataset(documents[name], tokenizer, args.sequence_length) for name in ("train", "validation")
+        )
+    settings = tokenizer, args.sequence_length, args.documents
+    if not args.streaming:
+        splits = text_datasets(documents, *settings)
+        return splits["train"], evenly_spaced(splits["validation"], args.num_eval_rows)
+    streams = {name: text_stream(stream, *settings) for name, stream in documents.items()}
+    held_out = list(streams["validation"].with_format("numpy").take(args.num_eval_rows))
+    columns = {name: [row[name] for row in held_out] for name in held_out[0]}
+    return streams["train"].shuffle(seed, buffer_size=SHUFFLE_BUFFER), token_dataset(**columns)
 
 
 def groups_of_positions(
@@ -109,8 +169,9 @@ def build_model(
     num_training_forwards: int,
     position_groups: list[list[int]] | None = None,
 ) -> VMDForMaskedDiffusion:
-    """A new model of the task's size, or the given checkpoint, which keeps its shape, but for `num_loops`, and gets a
-    latent if it has none and `latent_size` is given."""
+    """A new model of the task's size, or the given checkpoint, which keeps its shape, but for `num_loops` and, around
+    a language model, `block_size`, and gets a latent (or a causal head) if it has none and one is asked for. Or one
+    around a language model of transformers that is given itself."""
     settings = {name: getattr(args, name) for name in ConfigArguments.__dataclass_fields__}
     latent = {name: settings.pop(name) for name in LATENT_SETTINGS}
     if not args.latent_size:
@@ -121,10 +182,22 @@ def build_model(
     }
     if args.model_name_or_path:
         training |= {name: settings[name] for name in TRAINING_SETTINGS}
-        if not args.latent_size or VMDConfig.from_pretrained(args.model_name_or_path).latent_size:
-            return VMDForMaskedDiffusion.from_pretrained(args.model_name_or_path, **training)
-        model = VMDForMaskedDiffusion.from_pretrained(args.model_name_or_path, **training, **latent)
-        model.generation_config = VMDGenerationConfig.from_model_config(model.config)  # the sampler that it has now
+        given, added = AutoConfig.from_pretrained(args.model_name_or_path), {}
+        if not isinstance(given, VMDConfig):
+            fields = training | latent | {name: settings[name] for name in ("block_size", "causal_head_size")}
+            if args.backbone_type == "masked_lm":
+                return VMDForMaskedDiffusion.from_masked_lm(args.model_name_or_path, **fields)
+            fields["token_shift"] = args.token_shift
+            return VMDForMaskedDiffusion.from_causal_lm(args.model_name_or_path, **fields)
+        if given.backbone_config is not None and args.block_size:
+            training["block_size"] = args.block_size
+        if args.latent_size and not given.latent_size:
+            added = latent
+        if args.causal_head_size and not given.causal_head_size:
+            added = {**added, "causal_head_size": args.causal_head_size}
+        model = VMDForMaskedDiffusion.from_pretrained(args.model_name_or_path, **training, **added)
+        if added:  # the sampler that it has now
+            model.generation_config = VMDGenerationConfig.from_model_config(model.config)
         return model
     config = VMDConfig(
         vocab_size=len(tokenizer),
@@ -158,14 +231,10 @@ def build_adapted_model(args: ModelArguments) -> "PeftModel":
         model = VMDForMaskedDiffusion.from_pretrained(base, **settings)
         return PeftModel.from_pretrained(model, name, is_trainable=True)
     model = VMDForMaskedDiffusion.from_pretrained(name, **settings)
-    modules = LATENT_PATH if args.lora_latent else None
+    modules = LATENT_PATH if args.lora_latent else []
+    if model.config.num_states:  # a head of its own, most of which is tables: it is trained wholly
+        modules = [*modules, "chain"]
     return get_peft_model(model, LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, modules_to_save=modules))
-
-
-def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Rows of one length, all of it to be learned. (`DataCollatorForLanguageModeling(tokenizer, mlm=False)` pads.)"""
-    input_ids = torch.stack([row["input_ids"] for row in rows])
-    return {"input_ids": input_ids, "labels": input_ids}
 
 
 class SampleCallback(TrainerCallback):
@@ -224,9 +293,13 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     resume = checkpoint_to_resume(training_args)
     use_one_device(training_args)
     set_seed(training_args.seed)
-    tokenizer = task_tokenizer(data_args.task, model_args.model_name_or_path)
-    rows, validation = build_data(data_args, tokenizer)
-    length = len(rows[0]["input_ids"])
+    documents = read_documents(data_args) if data_args.task in ("text", "instructions") else None
+    if resume:  # one that was trained with the model is not trained again
+        tokenizer = load_tokenizer(resume)
+    else:
+        tokenizer = build_tokenizer(data_args, model_args.model_name_or_path, documents)
+    rows, validation = build_data(data_args, tokenizer, documents, training_args.seed)
+    length = data_args.sequence_length if documents is not None else len(rows[0]["input_ids"])
     # From a checkpoint of its last step the Trainer would do one more.
     finished = (
         resume and TrainerState.load_from_json(f"{resume}/trainer_state.json").global_step >= training_args.max_steps
@@ -247,7 +320,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         callbacks.append(EMACallback(model_args.ema_decay))
     if data_args.task == "text":
         callbacks.append(SampleCallback(tokenizer, data_args.sequence_length))
-    collator = collate
+    collator = partial(collate, pad_token_id=tokenizer.pad_token_id or 0)  # of which nothing is read
     if data_args.task == "sudoku":  # each process draws symmetries of its own
         collator = SudokuCollator(tokenizer, training_args.seed + training_args.process_index, data_args.extra_clues)
     trainer = Trainer(

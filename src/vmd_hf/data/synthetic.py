@@ -20,7 +20,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from .text import character_tokenizer, token_dataset
+from .characters import character_tokenizer
+from .text import token_dataset
 
 SyntheticName = Literal["two_token_deterministic", "two_token_nonuniform", "two_token_correlated", "d1", "d2"]
 

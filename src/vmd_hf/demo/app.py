@@ -25,7 +25,7 @@ STYLE = Path(__file__).with_name("style.css")
 INTRO = """# Variational Masked Diffusion
 A masked diffusion model (MDM) fills several gaps in one step, each on its own, so that they contradict one another.
 A VMD first draws a latent variable z, and all gaps agree on it: keep z, and the tokens stay; redraw it, and related
-tokens change together."""
+tokens change together. The z of a chain is a state for each token, shown below it (s17)."""
 PUZZLES = {
     "30 clues": "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79",
     "17 clues": "4.....8.5.3..........7......2.....6.....8.4......1.......6.3.7.5..2.....1.4......",

@@ -26,16 +26,20 @@ def percent(confidence: float) -> str:
 
 def cell_html(cell: Cell, tag: str, classes: str = "") -> str:
     """One cell as an element `tag`. Beside the colour, confidence is a number (in the tooltip; where there is room,
-    below the token, too) and a bar at the bottom; given, masked, new and changed differ in more than colour."""
+    below the token, too) and a bar at the bottom; given, masked, new and changed differ in more than colour. A state
+    of a chain takes the place of the number below the token."""
     if not cell.text:
         return f'<{tag} class="vmd-cell vmd-gap {classes}" title="masked"><b>&nbsp;</b></{tag}>'
     if cell.given:
         return f'<{tag} class="vmd-cell vmd-given {classes}" title="given"><b>{escape(cell.text)}</b></{tag}>'
     states = f"vmd-l{level_of(cell.confidence)}{' vmd-new' * cell.new}{' vmd-changed' * cell.changed}"
     number = percent(cell.confidence)
+    title, note = f"confidence {number} %", number
+    if cell.state >= 0:
+        title, note = f"{title}, state {cell.state}", f"s{cell.state}"
     return (
-        f'<{tag} class="vmd-cell {states} {classes}" title="confidence {number} %"><b>{escape(cell.text)}</b>'
-        f'<small>{number}</small><i style="width:{number}%"></i></{tag}>'
+        f'<{tag} class="vmd-cell {states} {classes}" title="{title}"><b>{escape(cell.text)}</b>'
+        f'<small>{note}</small><i style="width:{number}%"></i></{tag}>'
     )
 
 

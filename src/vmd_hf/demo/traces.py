@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
+from ..configuration_vmd import VMDConfig
 from ..hub import default_device, load_tokenizer
 from ..modeling_vmd import VMDForMaskedDiffusion
 from .verdicts import counted
@@ -38,7 +39,7 @@ class ShownModel(NamedTuple):
 
     @property
     def has_latent(self) -> bool:
-        return self.model.config.gaussian_size > 0
+        return self.model.config.latent_size > 0
 
     @property
     def about(self) -> str:
@@ -46,7 +47,7 @@ class ShownModel(NamedTuple):
         config = self.model.config
         kind = f"VMD, z of {counted(config.latent_size, 'number')}" if self.has_latent else "MDM, no z"
         if config.num_states:
-            kind = f"VMD, a chain of {counted(config.num_states, 'state')}"
+            kind = f"VMD, z is a chain of {counted(config.num_states, 'state')}"
         return kind if config.block_size is None else f"{kind}, blocks of {config.block_size}"
 
 
@@ -59,7 +60,8 @@ class Settings:
         tokens: `"argmax"`, `"sampled"`, or `"auto"`: argmax where a latent carries the randomness, sampled by a model
             without one.
         latents: `"per_sample"`: one z for each row, shared by its steps; `"same"`: the same z for all rows;
-            `"per_step"`: one for each row and step.
+            `"per_step"`: one for each row and step. (The states of a chain that are shared were drawn in as many
+            steps as now, with other tokens.)
         latent_seed, token_seed: Row i draws z by `latent_seed + i` and everything else by `token_seed + i`.
         num_rows: Samples, at least 1.
     """
@@ -91,6 +93,7 @@ class Trace(NamedTuple):
         changed: Whether it differs from what the previous trace has there.
         latents: (rows,) what to say about z; nothing for a model without one.
         num_steps: Forward passes of the longest row.
+        states: Of a chain, that each token was drawn from, -1 where it was given; `None` for other models.
     """
 
     name: str
@@ -101,25 +104,27 @@ class Trace(NamedTuple):
     changed: list[list[bool]]
     latents: list[str]
     num_steps: int
+    states: list[list[int]] | None = None
 
 
 class Cell(NamedTuple):
-    """One token as it is shown after some step: empty text while it is masked."""
+    """One token as it is shown after some step: empty text while it is masked. `state`: -1 without a chain."""
 
     text: str
     given: bool
     confidence: float
     new: bool
     changed: bool
+    state: int = -1
 
 
 def latents_for(model: VMDForMaskedDiffusion, input_ids: torch.Tensor, settings: Settings) -> torch.Tensor | None:
-    """What to pass to `generate` as `latents` for rows of the same `input_ids` (tokens,). It is drawn on the CPU, so
-    that a seed gives the same z on every device.
+    """What to pass to `generate` as `latents` for rows of the same `input_ids` (tokens,). A Gaussian z is drawn on the
+    CPU, so that a seed gives the same on every device.
 
     Returns:
-        (rows, latent_size), with blocks (rows, blocks with a gap, latent_size); `None` where `generate` is to draw
-        them, or the model has none.
+        (rows, latent_size), with blocks (rows, blocks with a gap, latent_size), of a chain (rows, tokens) and (rows,
+        blocks with a gap, block_size) states; `None` where `generate` is to draw them, or the model has none.
 
     Raises:
         ValueError: for the same z in all rows of a learned prior, which only `generate` can draw from.
@@ -128,14 +133,41 @@ def latents_for(model: VMDForMaskedDiffusion, input_ids: torch.Tensor, settings:
     learned = config.prior == "learned"
     if settings.latents == "same" and learned:
         raise ValueError("z can be the same in all samples only with prior='standard', got prior='learned'")
-    if config.gaussian_size == 0 or settings.latents == "per_step" or learned:
+    if config.latent_size == 0 or settings.latents == "per_step" or learned:
         return None
+    seeds = [settings.latent_seed + row * (settings.latents != "same") for row in range(settings.num_rows)]
+    if config.num_states:
+        drawn = model.generate(
+            input_ids.repeat(settings.num_rows, 1).to(model.device),
+            num_steps=settings.num_steps,
+            remasking=settings.remasking,
+            do_sample=True,
+            generator=[_seeded(seed, model.device) for seed in seeds],
+            return_dict_in_generate=True,
+        )
+        return drawn.latents
     shape = (config.latent_size,)
     if config.block_size is not None:
-        gaps = (input_ids == config.mask_token_id).nonzero().flatten()
-        shape = (len((gaps // config.block_size).unique()), config.latent_size)
-    rows = [0] * settings.num_rows if settings.latents == "same" else range(settings.num_rows)
-    return torch.stack([torch.randn(shape, generator=_seeded(settings.latent_seed + row)) for row in rows])
+        shape = (len(blocks_with_gaps(input_ids, config)), config.latent_size)
+    return torch.stack([torch.randn(shape, generator=_seeded(seed)) for seed in seeds])
+
+
+def blocks_with_gaps(input_ids: torch.Tensor, config: VMDConfig) -> torch.Tensor:
+    """The numbers of the blocks of (tokens,) with a masked token, int64 in ascending order."""
+    gaps = (input_ids == config.mask_token_id).nonzero().flatten()
+    return (gaps // config.block_size).unique()
+
+
+def states_of(latents: torch.Tensor, input_ids: torch.Tensor, config: VMDConfig) -> torch.Tensor:
+    """Where the states that `generate` returns belong: (rows, tokens) int64, -1 where `input_ids` (tokens,) are given.
+    Those of blocks are given for the blocks with gaps."""
+    if config.block_size is not None:
+        blocks = blocks_with_gaps(input_ids, config)
+        columns = (blocks[:, None] * config.block_size + torch.arange(config.block_size)).flatten()
+        inside = columns < len(input_ids)
+        latents = latents.flatten(1)[:, inside]
+        latents = latents.new_full((len(latents), len(input_ids)), -1).index_copy(1, columns[inside], latents)
+    return latents.masked_fill(input_ids != config.mask_token_id, -1)
 
 
 def run_model(shown: ShownModel, input_ids: torch.Tensor, settings: Settings, previous: Trace | None = None) -> Trace:
@@ -151,7 +183,8 @@ def run_model(shown: ShownModel, input_ids: torch.Tensor, settings: Settings, pr
     seeds = [settings.token_seed + row for row in rows]
     extra: dict[str, Any] = {}
     if shown.has_latent:
-        extra = {"resample_latents": settings.latents == "per_step"}
+        if model.config.gaussian_size:
+            extra = {"resample_latents": settings.latents == "per_step"}
         if latents is None:  # z comes from the same generators
             seeds = [seed + 1_000_003 * settings.latent_seed for seed in seeds]
         else:
@@ -173,6 +206,9 @@ def run_model(shown: ShownModel, input_ids: torch.Tensor, settings: Settings, pr
     keep = (input_ids == tokenizer.mask_token_id) | ~torch.isin(input_ids, special)
     tokens = [[token_text(index, tokenizer) for index in row] for row in output.sequences.cpu()[:, keep].tolist()]
     revealed_at = steps_of(history, tokenizer.mask_token_id)[:, keep].tolist()
+    states = None
+    if model.config.num_states:
+        states = states_of(output.latents.cpu(), input_ids, model.config)[:, keep].tolist()
     return Trace(
         name=shown.name,
         about=shown.about,
@@ -182,6 +218,7 @@ def run_model(shown: ShownModel, input_ids: torch.Tensor, settings: Settings, pr
         changed=changes(tokens, revealed_at, previous),
         latents=[_about_latent(shown, latents, settings, row) for row in rows],
         num_steps=int(output.num_forward_passes.max()),
+        states=states,
     )
 
 
@@ -214,6 +251,7 @@ def token_text(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
 def cells_after(trace: Trace, step: int) -> list[list[Cell]]:
     """The cells of each row after `step` steps, 0 to `num_steps`; what has changed since the previous trace is marked
     after the last one."""
+    states = trace.states or [[-1] * len(row) for row in trace.tokens]
     return [
         [
             Cell(
@@ -222,10 +260,11 @@ def cells_after(trace: Trace, step: int) -> list[list[Cell]]:
                 confidence=confidence,
                 new=when == step > 0,
                 changed=changed and step >= trace.num_steps,
+                state=state,
             )
-            for text, when, confidence, changed in zip(*row, strict=True)
+            for text, when, confidence, changed, state in zip(*row, strict=True)
         ]
-        for row in zip(trace.tokens, trace.revealed_at, trace.confidences, trace.changed, strict=True)
+        for row in zip(trace.tokens, trace.revealed_at, trace.confidences, trace.changed, states, strict=True)
     ]
 
 
@@ -234,7 +273,7 @@ def _about_latent(shown: ShownModel, latents: torch.Tensor | None, settings: Set
         return ""
     if settings.latents == "per_step":
         return "a z per step"
-    if latents is not None and latents[row].numel() <= 2:
+    if latents is not None and latents.is_floating_point() and latents[row].numel() <= 2:
         return f"z = {', '.join(f'{value:.2f}' for value in latents[row].flatten().tolist())}"
     return f"z no. {settings.latent_seed + (0 if settings.latents == 'same' else row)}"
 

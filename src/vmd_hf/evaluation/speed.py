@@ -1,10 +1,12 @@
-"""Floating point operations: how many a machine makes a second, and how many an update takes."""
+"""Floating point operations: how many a machine makes a second, and how many an update takes; seconds of sampling."""
 
 import time
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
+
+from .sampling import draw_samples
 
 
 def synchronize(device: torch.device) -> None:
@@ -28,6 +30,17 @@ def matmul_peak(
     return 2 * size**3 / min(seconds)
 
 
+def sampling_seconds(model: PreTrainedModel, length: int, num_steps: int, num_texts: int = 16) -> float:
+    """Seconds a token of sampling `num_texts` sequences at once, the better of two times."""
+    seconds = []
+    for seed in range(2):
+        synchronize(model.device)
+        start = time.perf_counter()
+        draw_samples(model, length, num_texts, seed, do_sample=True, num_steps=num_steps)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) / (num_texts * length)
+
+
 def flops_of_update(model: PreTrainedModel, shape: tuple[int, int]) -> int:
     """Of the matrix products of a forward and a backward pass."""
     input_ids = torch.zeros(shape, dtype=torch.long, device=model.device)
@@ -38,4 +51,4 @@ def flops_of_update(model: PreTrainedModel, shape: tuple[int, int]) -> int:
     return counter.get_total_flops()
 
 
-__all__ = ["flops_of_update", "matmul_peak", "synchronize"]
+__all__ = ["flops_of_update", "matmul_peak", "sampling_seconds", "synchronize"]

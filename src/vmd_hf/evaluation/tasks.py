@@ -2,14 +2,23 @@
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.text import clean_text8, evenly_spaced, has_text8_alphabet, load_documents, text_datasets
+from ..data.characters import clean_text8, has_text8_alphabet
+from ..data.text import evenly_spaced, load_documents, text_datasets
 from ..hub import check_tokenizer
-from ..tokenization import task_tokenizer
+from ..tokenization import task_tokenizer, text_tokenizer
 from .arguments import EvaluationArguments
 from .sudoku import evaluate_boards, evaluate_sudoku, puzzles_to_solve
 from .synthetic import evaluate_synthetic
 from .tables import Row
-from .text import batches_of, evaluate_bounds, evaluate_objective, evaluate_samples, load_baseline, text_quality
+from .text import (
+    batches_of,
+    evaluate_bounds,
+    evaluate_objective,
+    evaluate_samples,
+    load_baseline,
+    num_bytes,
+    text_quality,
+)
 
 
 def titles_of(args: EvaluationArguments) -> list[str]:
@@ -38,16 +47,22 @@ def text_tables(
     """The objective, bounds and samples; and, with a judge, the quality of samples."""
     baseline = load_baseline(args.model, tokenizer, args.baseline, model.device)
     length, clean = model.config.max_position_embeddings, has_text8_alphabet(tokenizer)
-    splits = text_datasets(args.source, tokenizer, length, clean=clean, text_column=args.text_column, where=args.where)
-    rows = splits["test"]
-    batches = batches_of(rows, args.num_eval_rows, model.device)
-    documents = load_documents(args.source, text_column=args.text_column)["train"]
+    settings = {"text_column": args.text_column, "config_name": args.config_name}
+    test = {"test": load_documents(args.source, where=args.where, **settings)["test"]}
+    rows = text_datasets(test, tokenizer, length, args.documents)["test"]
+    batches = batches_of(rows, args.num_eval_rows, model)
+    documents = load_documents(args.source, **settings)["train"]
     known = {word for document in documents for word in (clean_text8(document) if clean else document).split()}
     samples, texts = evaluate_samples(model, tokenizer, length, known, args.num_steps, args.num_texts, args.seed)
-    bounds = evaluate_bounds(model, batches, args.num_steps, args.num_draws, args.bound, args.seed, baseline)
+    bounds = evaluate_bounds(
+        model, batches, args.num_steps, args.num_draws, args.bound, args.order, args.seed, baseline
+    )
+    size = num_bytes(batches, tokenizer)
+    bounds = [row | {"bits_per_byte": row["bits_per_token"] * row["num_tokens"] / size} for row in bounds]
     tables = [[evaluate_objective(model, batches)], bounds, samples]
     if args.judge:
-        test_texts = tokenizer.batch_decode(evenly_spaced(rows, args.num_texts)[:]["input_ids"])
+        chosen = list(evenly_spaced(rows, args.num_texts)["input_ids"])
+        test_texts = tokenizer.batch_decode(chosen, skip_special_tokens=True)
         judged = {"(test rows)": test_texts, **dict(zip(args.num_steps, texts, strict=True))}
         tables.append([{"num_steps": name, **text_quality(texts, args.judge)} for name, texts in judged.items()])
     return tables
@@ -68,7 +83,7 @@ def evaluate_task(model: PreTrainedModel, args: EvaluationArguments) -> list[lis
             args.seed,
         )
         return [[result for result, _ in results]]
-    tokenizer = task_tokenizer("text" if args.task == "text" else "sudoku", args.model)
+    tokenizer = text_tokenizer(args.model) if args.task == "text" else task_tokenizer("sudoku", args.model)
     check_tokenizer(tokenizer, model.config)
     if args.task == "text":
         return text_tables(model, tokenizer, args)

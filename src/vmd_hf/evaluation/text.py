@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from ..data.text import evenly_spaced
+from ..data.text import collate, evenly_spaced
 from ..hub import load_model, load_tokenizer
-from ..likelihood import CorpusBound, confidence_interval, corpus_bound
+from ..likelihood import CorpusBound, Order, confidence_interval, corpus_bound
 from ..schedule_vmd import most_revealed
 from ..training import active_units, moments
 from .sampling import draw_samples
@@ -23,19 +23,32 @@ from .tables import Row
 DIFFERENCE = ("difference", "difference_low", "difference_high")
 
 
-def batches_of(rows: Dataset, num_rows: int, device: torch.device) -> list[torch.Tensor]:
-    """Token ids of rows that are taken evenly, (at most 50, length) each."""
-    return list(torch.as_tensor(evenly_spaced(rows, num_rows)[:]["input_ids"]).to(device).split(50))
+BATCH_SIZE = 50  # rows of a batch
+Batch = dict[str, torch.Tensor]  # input_ids and labels (rows, length), and where needed attention_mask, position_ids
+
+
+def batches_of(rows: Dataset, num_rows: int, model: PreTrainedModel) -> list[Batch]:
+    """Rows that are taken evenly, in batches on the model's device."""
+    chosen = list(evenly_spaced(rows, num_rows))
+    parts = [chosen[start : start + BATCH_SIZE] for start in range(0, len(chosen), BATCH_SIZE)]
+    batches = [collate(part, model.config.pad_token_id or 0) for part in parts]
+    return [{name: values.to(model.device) for name, values in batch.items()} for batch in batches]
+
+
+def num_bytes(batches: list[Batch], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Of the text of rows, UTF-8, special tokens aside."""
+    rows = [row[row != -100] for batch in batches for row in batch["labels"]]
+    return sum(len(text.encode()) for text in tokenizer.batch_decode(rows, skip_special_tokens=True))
 
 
 @torch.no_grad()
-def evaluate_objective(model: PreTrainedModel, batches: list[torch.Tensor]) -> Row:
+def evaluate_objective(model: PreTrainedModel, batches: list[Batch]) -> Row:
     """The objective in nats a token (no perplexity if there is a latent; the noise is hashed, so it is the same number
     every time), and how many dimensions of z the posterior uses (see `VMDMetricsCallback`)."""
     model.eval()
-    outputs = [model(input_ids=batch, labels=batch) for batch in tqdm(batches, desc="objective", disable=None)]
-    weights = torch.tensor([float(len(batch)) for batch in batches], device=model.device)
-    result: Row = {"objective": model.config.objective, "rows": int(weights.sum())}
+    outputs = [model(**batch) for batch in tqdm(batches, desc="objective", disable=None)]
+    weights = torch.stack([(batch["labels"] != -100).sum() for batch in batches]).float()
+    result: Row = {"objective": model.config.objective, "rows": sum(len(batch["labels"]) for batch in batches)}
     for name in ("loss", "reconstruction_loss", "kl"):
         result[name] = float((torch.stack([output[name] for output in outputs]) * weights).sum() / weights.sum())
     if model.config.gaussian_size:
@@ -50,24 +63,26 @@ def largest_step(width: int, num_steps: int) -> int:
 
 def corpus_bounds(
     model: PreTrainedModel,
-    batches: list[torch.Tensor],
+    batches: list[Batch],
     num_steps: Sequence[int],
     num_draws: Sequence[int] = (1,),
     bound: Literal["per_sample", "per_step"] = "per_step",
+    order: Order = "random",
     seed: int = 0,
 ) -> dict[tuple[int, int], tuple[CorpusBound, float]]:
     """`corpus_bound` for each number of steps and of importance samples, with the seconds that it took; of steps
     without a latent, which draw nothing, only once."""
     config, found = model.config, {}
-    width = config.block_size or batches[0].shape[1]
+    width = config.block_size or batches[0]["input_ids"].shape[1]
     for steps in num_steps:
         has_latent = config.gaussian_size > 0 and largest_step(width, steps) >= config.latent_min_tokens
         for draws in num_draws if has_latent else [1]:
             start = time.perf_counter()
             result = corpus_bound(
                 model,
-                [{"input_ids": batch} for batch in batches],
+                batches,
                 bound=bound,
+                order=order,
                 num_steps=steps,
                 num_samples=draws,
                 generator=torch.Generator().manual_seed(seed),
@@ -79,22 +94,24 @@ def corpus_bounds(
 
 def evaluate_bounds(
     model: PreTrainedModel,
-    batches: list[torch.Tensor],
+    batches: list[Batch],
     num_steps: Sequence[int],
     num_draws: Sequence[int] = (1,),
     bound: Literal["per_sample", "per_step"] = "per_step",
+    order: Order = "random",
     seed: int = 0,
     baseline: PreTrainedModel | None = None,
 ) -> list[Row]:
     """A row for each of `corpus_bounds`; with a baseline first its own, then the model's with their differences from
     it: at as many importance samples, or, of a model without a latent, from the baseline's bound with the most."""
-    found = corpus_bounds(model, batches, num_steps, num_draws, bound, seed)
-    rows = [bound_row(bound, *key, *value) for key, value in found.items()]
+    settings = num_steps, num_draws, bound, order, seed
+    found = corpus_bounds(model, batches, *settings)
+    rows = [bound_row(bound, order, *key, *value) for key, value in found.items()]
     if baseline is None:
         return rows
-    others = corpus_bounds(baseline, batches, num_steps, num_draws, bound, seed)
+    others = corpus_bounds(baseline, batches, *settings)
     results = [
-        {"model": "baseline", **bound_row(bound, *key, *value), **dict.fromkeys(DIFFERENCE)}
+        {"model": "baseline", **bound_row(bound, order, *key, *value), **dict.fromkeys(DIFFERENCE)}
         for key, value in others.items()
     ]
     for row, (key, (result, _)) in zip(rows, found.items(), strict=True):
@@ -107,10 +124,11 @@ def evaluate_bounds(
     return results
 
 
-def bound_row(name: str, num_steps: int, num_draws: int, bound: CorpusBound, seconds: float) -> Row:
+def bound_row(name: str, order: str, num_steps: int, num_draws: int, bound: CorpusBound, seconds: float) -> Row:
     low, high = bound.interval
     return {
         "bound": name,
+        "order": order,
         "num_steps": num_steps,
         "num_draws": num_draws,
         "bits_per_token": bound.bits_per_token,
@@ -189,5 +207,6 @@ __all__ = [
     "evaluate_samples",
     "largest_step",
     "load_baseline",
+    "num_bytes",
     "text_quality",
 ]

@@ -21,11 +21,12 @@ Args:
     bound: "per_sample" (shared latent) or "per_step" (per-step latent).
     num_steps: steps of the sampler, with blocks for each block.
     num_samples: importance samples of z (IWAE).
+    order: in which the sampler reveals tokens, see vmd_hf.nelbo; other than "random" without a Gaussian latent only.
     batch_size: texts at a time.
     seed: of the noise.
 Returns:
     bits_per_character, bits_per_token, perplexity_bound, standard_error (of bits_per_character, over texts),
-    num_characters, num_tokens, and bound, num_steps, num_samples.
+    num_characters, num_tokens, and bound, num_steps, num_samples, order.
 """
 
 
@@ -47,6 +48,7 @@ class LikelihoodBound(evaluate.Metric):
         bound: str = "per_sample",
         num_steps: int = 1,
         num_samples: int = 1,
+        order: str = "random",
         batch_size: int = 16,
         seed: int = 0,
         **kwargs,
@@ -69,6 +71,7 @@ class LikelihoodBound(evaluate.Metric):
                 bound=bound,
                 num_steps=num_steps,
                 num_samples=num_samples,
+                order=order,
                 generator=generator,
             )
             if not output.num_tokens.all():
@@ -90,4 +93,5 @@ class LikelihoodBound(evaluate.Metric):
             "bound": bound,
             "num_steps": num_steps,
             "num_samples": num_samples,
+            "order": order,
         }

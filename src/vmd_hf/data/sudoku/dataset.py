@@ -12,7 +12,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..text import character_tokenizer
+from ..characters import character_tokenizer
 from .rules import BOXES, COLUMNS, DIGITS, EMPTY_SYMBOLS, ROWS, check_solution, format_boards, parse_board
 from .symmetry import apply_symmetries, random_symmetries
 
