@@ -184,3 +184,27 @@ def test_generation_with_weights_in_bfloat16(kind, layout):
         assert outputs[0].confidences.dtype == torch.float32
         same = outputs[0].sequences == outputs[1].sequences
         torch.testing.assert_close(outputs[0].confidences[same], outputs[1].confidences[same], rtol=0.2, atol=0.05)
+
+
+def test_a_step_compiles_to_graphs_without_breaks_which_later_blocks_use_again():
+    """Those of the first block and of the others, each with a step that reads and one that does not, at most once more
+    for the lengths that a graph was made for."""
+    model = tiny_model(**LAYOUTS["blocks"], latent_size=0, num_hidden_layers=1)
+    input_ids, settings = torch.full((2, 24), MASK), {"num_steps": 2, "cache_implementation": "static"}
+    wanted = model.generate(input_ids, **settings)
+    forward, graphs, num_graphs = model.model.forward, [], []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(forward, backend=keep, fullgraph=True)
+
+    def count(*args, **kwargs):
+        outputs = compiled(*args, **kwargs)
+        num_graphs.append(len(graphs))
+        return outputs
+
+    model.model.forward = count
+    assert torch.equal(model.generate(input_ids, **settings), wanted)
+    assert len(num_graphs) == 2 * 6 and num_graphs[5] == num_graphs[-1] > 0  # all are there after three blocks

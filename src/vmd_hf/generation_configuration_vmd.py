@@ -40,7 +40,8 @@ class VMDGenerationConfig(GenerationConfig):
             into the same for logits. Without the prompt: its tokens are masks (in earlier blocks: not there). One
             pass of twice as many rows. `None` and 1 are no guidance.
         use_cache: Keep keys and values of finished blocks; no effect on whole sequences.
-        cache_implementation: `"dynamic"` (grows) or `"static"` (allocated once).
+        cache_implementation: `"dynamic"` (attention reads what is filled) or `"static"` (always the whole cache, so
+            that the shapes of all steps are the same).
         return_dict_in_generate: Return a [`VMDGenerateOutput`] instead of the sequences alone.
         output_history: Put the sequences after every step into that output.
         output_confidences: Put the probability that each token had when it was revealed into that output.
