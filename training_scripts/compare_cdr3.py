@@ -122,7 +122,7 @@ def draw_frontier(results: list[dict[str, Any]], path: Path) -> None:
         axis.errorbar(steps, above, errors, marker="o", capsize=3, color=colour, label=result["row"])
     axis.set(xscale="log", yscale="log", xlabel="forward passes a sequence", ylabel="bits a sequence above the truth")
     axis.set_xticks(NUM_STEPS, [str(number) for number in NUM_STEPS])
-    axis.set_yticks([2, 3, 5, 10, 20], ["2", "3", "5", "10", "20"])
+    axis.set_yticks([0.5, 1, 2, 3, 5, 10, 20], ["0.5", "1", "2", "3", "5", "10", "20"])
     axis.minorticks_off()
     axis.legend()
     figure.savefig(path, dpi=110)
