@@ -192,4 +192,12 @@ def test_text_of_which_nothing_is_left_is_an_error(tmp_path):
     for index in range(30):
         (tmp_path / f"{index}.txt").write_text("too short")
     with pytest.raises(ValueError, match="sequence_length"):
-        train_vmd.main([*TRAIN, "--task=text", "--tokenizer=characters", f"--source={tmp_path}", f"--output_dir={tmp_path / 'run'}"])
+        train_vmd.main(
+            [
+                *TRAIN,
+                "--task=text",
+                "--tokenizer=characters",
+                f"--source={tmp_path}",
+                f"--output_dir={tmp_path / 'run'}",
+            ]
+        )
