@@ -35,19 +35,23 @@ def gaussian_kl(
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
 
 
-def draw_latents(
-    mean: torch.Tensor,
+def draw_latents(mean: torch.Tensor, log_variance: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
+    """z = mean + std * epsilon. Shapes broadcast to `epsilon`'s."""
+    return mean + (0.5 * log_variance).exp() * epsilon
+
+
+def log_density_ratio(
+    latents: torch.Tensor,
     log_variance: torch.Tensor,
     epsilon: torch.Tensor,
     prior_mean: torch.Tensor | None = None,
     prior_log_variance: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """z = mean + std * epsilon, and log p(z) - log q(z) for each element, in nats. Shapes broadcast to `epsilon`'s."""
-    latents = mean + (0.5 * log_variance).exp() * epsilon
+) -> torch.Tensor:
+    """log p(z) - log q(z) for each element of what `draw_latents` made of `epsilon`, in nats."""
     if prior_log_variance is not None:
         log_variance = log_variance - prior_log_variance
     distance = standardised(latents, prior_mean, prior_log_variance)
-    return latents, 0.5 * (epsilon.square() - distance.square() + log_variance)
+    return 0.5 * (epsilon.square() - distance.square() + log_variance)
 
 
 def mean_and_log_variance(statistics: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,5 +190,6 @@ __all__ = [
     "VMDPosteriorLinear",
     "draw_latents",
     "gaussian_kl",
+    "log_density_ratio",
     "standardised",
 ]

@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .generation_vmd import execution_device
-from .latents_vmd import draw_latents, gaussian_kl
+from .latents_vmd import draw_latents, gaussian_kl, log_density_ratio
 from .modeling_vmd import VMDForMaskedDiffusion
 from .noise_vmd import reveal_rank
 from .objective_vmd import (
@@ -325,7 +325,8 @@ def _run(model, batch: CleanBatch, row_steps, has_latent, bound, noise: _Noise, 
             )
             epsilon = noise.latent[row, :, group, order].transpose(1, 2)  # (states, num_samples, N, latent_size)
             prior = (part[:, None] for part in rows.prior)
-            latents, log_ratio = draw_latents(mean[:, None], log_variance[:, None], epsilon, *prior)
+            latents = draw_latents(mean[:, None], log_variance[:, None], epsilon)
+            log_ratio = log_density_ratio(latents, log_variance[:, None], epsilon, *prior)
             kl[order, group, row] = gaussian_kl(mean, log_variance, *rows.prior).sum(-1) * charged
             log_weight[order, group, :, row] = log_ratio.sum(-1) * charged[:, None]
         cross_entropy[order, step, :, row] = _cross_entropy(

@@ -336,7 +336,7 @@ def variational_loss(
         mean, log_variance = posterior(model, batch, masked, revealed)
         kl_elements = gaussian_kl(mean, log_variance, *batch.prior) * has_latent[..., None]
         shift = (standardised(mean, *batch.prior) * has_latent[..., None]).detach()
-        latents, _ = draw_latents(mean, log_variance, latent_noise, *batch.prior)  # (batch, N, latent_size)
+        latents = draw_latents(mean, log_variance, latent_noise)  # (batch, N, latent_size)
     sees_revealed = has_latent & (config.objective == "per_step" and config.gaussian_size > 0)
     if model.causal_head is not None:
         sees_revealed = num_revealed > 1  # a single token has none before it
