@@ -48,11 +48,13 @@ def text_tables(
     baseline = load_baseline(args.model, tokenizer, args.baseline, model.device)
     length, clean = model.config.max_position_embeddings, has_text8_alphabet(tokenizer)
     settings = {"text_column": args.text_column, "config_name": args.config_name}
-    test = {"test": load_documents(args.source, where=args.where, **settings)["test"]}
-    rows = text_datasets(test, tokenizer, length, args.documents)["test"]
+    documents = load_documents(args.source, **settings)
+    selected = load_documents(args.source, where=args.where, **settings) if args.where else documents
+    rows = text_datasets({"test": selected["test"]}, tokenizer, length, args.documents)["test"]
     batches = batches_of(rows, args.num_eval_rows, model)
-    documents = load_documents(args.source, **settings)["train"]
-    known = {word for document in documents for word in (clean_text8(document) if clean else document).split()}
+    known = {
+        word for document in documents["train"] for word in (clean_text8(document) if clean else document).split()
+    }
     samples, texts = evaluate_samples(model, tokenizer, length, known, args.num_steps, args.num_texts, args.seed)
     bounds = evaluate_bounds(
         model, batches, args.num_steps, args.num_draws, args.bound, args.order, args.seed, baseline
