@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import torch
-import yaml
 
 from vmd_hf.data.receptors import ROW_LENGTH, SPLIT_SEEDS, log2_probabilities, receptor_sequences
-from vmd_hf.evaluation.comparison import Rows, claim, results_in, train_row, training_lines
+from vmd_hf.evaluation.comparison import Rows, parse_comparison, results_in, train_row, training_lines
 from vmd_hf.evaluation.receptors import evaluate_receptor_bounds, evaluate_receptor_samples, mean_and_error
 from vmd_hf.evaluation.tables import print_table, write_json
-from vmd_hf.hub import default_device, load_model
+from vmd_hf.hub import load_model
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -131,23 +129,11 @@ def draw_frontier(results: list[dict[str, Any]], path: Path) -> None:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--num_sequences", type=int, default=1000, help="Of the split, and samples.")
     parser.add_argument("--num_orders", type=int, default=2, help="Random orders that are averaged.")
-    parser.add_argument("--eval_split", choices=["validation", "test"], default="test", help="validation: to tune on.")
-    parser.add_argument("--output_dir", default="outputs/cdr3_comparison")
-    parser.add_argument("--device", type=torch.device, default=default_device())
-    options, changes = parser.parse_known_args(argv)
-    is_named = changes and changes[0].endswith(".yaml")
-    recipe = changes.pop(0) if is_named else str(RECIPES / "cdr3_comparison.yaml")
+    default = RECIPES / "cdr3_comparison.yaml"
+    options, recipe, changes = parse_comparison(parser, argv, ROWS, default, "outputs/cdr3_comparison")
     output_dir = Path(options.output_dir)
-    settings = {"recipe": yaml.safe_load(Path(recipe).read_text()), "arguments": changes}
-    claim(
-        output_dir,
-        settings | {name: getattr(options, name) for name in ("num_sequences", "num_orders", "eval_split")},
-        ROWS,
-    )
     for seed in options.seeds:
         for row in options.rows:
             run_row(row, seed, recipe, changes, options)

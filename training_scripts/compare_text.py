@@ -24,12 +24,12 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vmd_hf.data.text import load_documents, text_datasets
-from vmd_hf.evaluation.comparison import Rows, claim, results_in, train_row, training_lines
+from vmd_hf.evaluation.comparison import Rows, parse_comparison, results_in, train_row, training_lines
 from vmd_hf.evaluation.sampling import draw_samples
 from vmd_hf.evaluation.speed import sampling_seconds
 from vmd_hf.evaluation.tables import print_table, write_json
 from vmd_hf.evaluation.text import batches_of, evaluate_bounds, evaluate_objective, largest_step
-from vmd_hf.hub import default_device, load_model, load_tokenizer
+from vmd_hf.hub import load_model, load_tokenizer
 from vmd_hf.recipes import DataArguments
 
 matplotlib.use("Agg")
@@ -215,19 +215,10 @@ def draw_frontier(results: list[dict[str, Any]], path: Path) -> None:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--num_eval_rows", type=int, default=300, help="Rows, taken evenly from the split.")
-    parser.add_argument("--eval_split", choices=["validation", "test"], default="test", help="validation: to tune on.")
-    parser.add_argument("--output_dir", default="outputs/text_comparison")
-    parser.add_argument("--device", type=torch.device, default=default_device())
-    options, changes = parser.parse_known_args(argv)
-    is_named = changes and changes[0].endswith(".yaml")
-    recipe = changes.pop(0) if is_named else str(RECIPES / "text_comparison.yaml")
+    default = RECIPES / "text_comparison.yaml"
+    options, recipe, changes = parse_comparison(parser, argv, ROWS, default, "outputs/text_comparison")
     output_dir = Path(options.output_dir)
-    settings = {"recipe": yaml.safe_load(Path(recipe).read_text()), "arguments": changes}
-    settings |= {"num_eval_rows": options.num_eval_rows, "eval_split": options.eval_split}
-    claim(output_dir, settings, ROWS)
     for seed in options.seeds:
         for row in options.rows:
             run_row(row, seed, recipe, changes, output_dir, options.num_eval_rows, options.eval_split, options.device)

@@ -1,5 +1,6 @@
 """Comparisons of models that are trained in stages: a folder of rows, each trained and measured once."""
 
+import argparse
 import json
 import math
 import time
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import TrainingArguments
 
+from ..hub import default_device
 from ..recipes import DataArguments, ModelArguments, parse
 from ..training import last_whole_checkpoint
 from ..training_run import train
@@ -16,6 +19,29 @@ from .speed import flops_of_update, matmul_peak
 from .tables import write_json
 
 Rows = dict[str, list[dict[str, Any]]]  # how each row changes the recipe, in stages that start from one another
+
+
+def parse_comparison(
+    parser: argparse.ArgumentParser, argv: list[str], rows: Rows, recipe: Path, output_dir: str
+) -> tuple[argparse.Namespace, str, list[str]]:
+    """What all comparisons are asked, beside a parser's own arguments, which are settings of the folder (see `claim`).
+
+    Returns:
+        The options, the recipe (the first of what is left, if that is a YAML file), and changes of it.
+    """
+    own = [action.dest for action in parser._actions if action.dest != "help"]
+    parser.add_argument("--rows", nargs="+", choices=list(rows), default=list(rows))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--eval_split", choices=["validation", "test"], default="test", help="validation: to tune on.")
+    parser.add_argument("--output_dir", default=output_dir)
+    parser.add_argument("--device", type=torch.device, default=default_device())
+    options, changes = parser.parse_known_args(argv)
+    is_named = changes and changes[0].endswith(".yaml")
+    named = changes.pop(0) if is_named else str(recipe)
+    settings = {"recipe": yaml.safe_load(Path(named).read_text()), "arguments": changes}
+    settings |= {name: getattr(options, name) for name in (*own, "eval_split")}
+    claim(Path(options.output_dir), settings, rows)
+    return options, named, changes
 
 
 def claim(folder: Path, settings: dict[str, Any], rows: Rows) -> None:
@@ -107,4 +133,13 @@ def training_lines(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: result[name] for name in names} | stage for result in results for stage in result["training"]]
 
 
-__all__ = ["Rows", "claim", "first_row_that_begins_as", "results_in", "train_row", "train_stage", "training_lines"]
+__all__ = [
+    "Rows",
+    "claim",
+    "first_row_that_begins_as",
+    "parse_comparison",
+    "results_in",
+    "train_row",
+    "train_stage",
+    "training_lines",
+]
