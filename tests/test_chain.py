@@ -8,8 +8,8 @@ import torch
 from helpers import digits, of_the_same_weights, padded, randomise, tiny_config, tiny_model, uniform
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion, nelbo
-from vmd_hf.chain_vmd import Transitions, chain_log_probs, draw_states, most_probable_states, state_marginals
-from vmd_hf.objective_vmd import chain_cross_entropy, denoise, marginal_logits, read_clean
+from vmd_hf.chain_vmd import log_product
+from vmd_hf.objective_vmd import chain_cross_entropy, cross_entropy_of, denoise, marginal_logits, read_clean
 
 SHAPES = pytest.mark.parametrize("block_size", [None, 3])
 CANDIDATES = pytest.mark.parametrize("candidates", [128, 2])
@@ -21,35 +21,40 @@ def chain_model(num_states=3, **overrides):
     return tiny_model(latent_type="chain", latent_size=num_states, **(settings | overrides))
 
 
-def transitions_of(model, input_ids, masked):
-    """Of one row (1, length) in which some tokens are masked, its hidden states (length, hidden) and their logits."""
+def hidden_states_of(model, input_ids, masked):
+    """Of one row (1, length) in which some tokens are masked: what was read, the mask, and hidden states."""
     batch = read_clean(model, input_ids, input_ids)
     mask = torch.zeros(1, input_ids.shape[1], dtype=torch.bool)
     mask[0, masked] = True
-    outputs = denoise(model, batch, batch.layout.blocks(mask), mask.sum(-1, keepdim=True))
-    hidden_states = outputs.last_hidden_state
-    return model.chain.transitions(hidden_states), mask, hidden_states[0], model.compute_logits(hidden_states[0])
+    mask = batch.layout.blocks(mask)
+    return batch, mask, denoise(model, batch, mask, mask.sum(-1)).last_hidden_state
 
 
-def repeated(transitions, number, row=0):
-    """The transitions of one row as those of many."""
-    parts = (transitions.start, transitions.scores, transitions.weights)
-    return Transitions(*(part[[row]].expand(number, *part.shape[1:]) for part in parts), transitions.kernels)
-
-
-def matrices(transitions):
-    """T of each column."""
-    return [column.matrix() for column in transitions.columns()]
-
-
-def paths(transitions, masked):
-    """Every path of states of the masked columns with its probability, by multiplication."""
-    matrix = matrices(transitions)
-    for path in itertools.product(range(transitions.start.shape[2]), repeat=len(masked)):
-        probability = transitions.start[0, masked[0], path[0]].item()
-        for place in range(1, len(masked)):
-            probability *= matrix[masked[place]][0, path[place - 1], path[place]].item()
-        yield path, probability
+def joint_by_enumeration(model, hidden_states, row, columns):
+    """p(tokens at these columns | x_t) as a sum over all paths of states, written down from the formulas."""
+    chain, embeddings = model.chain, model.get_input_embeddings()(row)
+    num_states, one = chain.num_states, torch.tensor
+    factors = [model.compute_logits(hidden_states[columns[0]]).softmax(-1)[row[columns[0]]].expand(num_states)]
+    kernels = []
+    for before, column in itertools.pairwise(columns):
+        scores, weights = chain.remember(embeddings[[before]], hidden_states[[before]])
+        if before == columns[0]:
+            kernels.append(scores.softmax(-1).expand(num_states, -1))
+        else:
+            kernels.append(chain.transitions(scores, weights)[0])
+        changed, tilts = chain.read(embeddings[[before]], hidden_states[[column]], one([column - before]))
+        logits = model.compute_logits(changed)
+        of_states = [chain.token_log_probs(tilts, logits, one([state]))[0, row[column]] for state in range(num_states)]
+        factors.append(torch.stack(of_states).exp())
+    total = 0.0
+    for path in itertools.product(range(num_states), repeat=len(columns) - 1):
+        probability = factors[0][0].item()
+        for place, state in enumerate(path):
+            probability *= (
+                kernels[place][path[place - 1] if place else 0, state].item() * factors[place + 1][state].item()
+            )
+        total += probability
+    return total
 
 
 @SHAPES
@@ -67,86 +72,48 @@ def test_probabilities_of_all_sequences_sum_to_one(block_size, candidates, given
 
 @torch.no_grad()
 @CANDIDATES
-def test_joint_probabilities_and_marginals_are_sums_over_paths(candidates):
-    model = chain_model(max_position_embeddings=6, candidate_tokens=candidates)
-    row = torch.tensor([[0, 3, 1, 4, 2, 2]])
-    for masked, revealed in [([0, 1, 2], [0, 1, 2]), ([0, 2, 3, 5], [2, 5]), ([1, 2, 4], [4]), ([5], [5])]:
-        transitions, mask, hidden_states, logits = transitions_of(model, row, masked)
-        every = list(paths(transitions, masked))
-        assert sum(probability for _, probability in every) == pytest.approx(1, abs=1e-5)
-        emissions = model.chain.emission_log_probs(hidden_states, logits, row[0])  # (length, K)
-        expected = sum(
-            probability
-            * math.prod(
-                emissions[column, state].exp().item()
-                for column, state in zip(masked, path, strict=True)
-                if column in revealed
-            )
-            for path, probability in every
-        )
-        scored = torch.zeros_like(mask)
-        scored[0, revealed] = True
-        found = chain_log_probs(transitions, emissions[None], mask, scored)
-        assert found[~scored].eq(0).all()
-        assert found.sum().exp().item() == pytest.approx(expected, rel=1e-4)
-
-        marginals = state_marginals(transitions, mask)
-        for place, column in enumerate(masked):
-            of_state = [sum(p for path, p in every if path[place] == state) for state in range(3)]
-            assert marginals[0, column].tolist() == pytest.approx(of_state, abs=1e-5)
-            mixture = (torch.tensor(of_state) @ emissions[column].exp()).log().item()
-            log_probs = model.chain.marginal_log_probs(hidden_states[[column]], logits[[column]], marginals[:, column])
-            assert log_probs[0, row[0, column]].item() == pytest.approx(mixture, abs=1e-4)
-            assert log_probs.exp().sum().item() == pytest.approx(1, abs=1e-5)
+@pytest.mark.parametrize(
+    ("masked", "revealed"),
+    [([0, 1, 2, 3], [0, 1, 2, 3]), ([0, 2, 3, 4, 5], [2, 4, 5]), ([1, 2, 4, 5], [1, 5]), ([1, 2], [2])],
+)
+def test_the_probability_of_a_step_is_a_sum_over_paths(candidates, masked, revealed):
+    model, row = (
+        chain_model(max_position_embeddings=6, candidate_tokens=candidates),
+        torch.tensor([[0, 3, 1, 4, 2, 2]]),
+    )
+    randomise(model.chain, std=0.5)
+    batch, mask, hidden_states = hidden_states_of(model, row, masked)
+    now = torch.zeros_like(mask)
+    now[..., revealed] = True
+    expected = joint_by_enumeration(model, hidden_states[0], row[0], revealed)
+    found = cross_entropy_of(model, hidden_states, batch, mask, now)
+    assert found.neg().exp().item() == pytest.approx(expected, rel=1e-4)
 
 
 @torch.no_grad()
 @CANDIDATES
 def test_token_probabilities_given_a_state_are_its_emissions(candidates):
-    model, row = chain_model(candidate_tokens=candidates), digits(1, 4) % 5
-    _, _, hidden_states, logits = transitions_of(model, row, [0, 1, 2, 3])
+    model = chain_model(candidate_tokens=candidates)
+    tilts, logits = torch.randn(4, model.config.conditioning_size), torch.randn(4, 6)
     for state in range(3):
-        log_probs = model.chain.token_log_probs(hidden_states, logits, torch.full((4,), state))
+        log_probs = model.chain.token_log_probs(tilts, logits, torch.full((4,), state))
         assert log_probs.exp().sum(-1).tolist() == pytest.approx([1] * 4, abs=1e-5)
-        for token in range(5):
-            emissions = model.chain.emission_log_probs(hidden_states, logits, torch.full((4,), token))
+        for token in range(6):
+            emissions = model.chain.emission_log_probs(tilts, logits, torch.full((4,), token))
             torch.testing.assert_close(log_probs[:, token], emissions[:, state])
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("masked", [[0, 1, 2, 3], [1, 3], [2], [0, 2, 3]])
-def test_most_probable_path_is_the_best_of_all(masked):
-    for seed in range(5):
-        model = randomise(chain_model(), std=1.0, seed=seed)
-        transitions, mask, *_ = transitions_of(model, digits(1, 4, seed) % 5, masked)
-        best = max(paths(transitions, masked), key=lambda pair: pair[1])[0]
-        assert most_probable_states(transitions, mask)[0, masked].tolist() == list(best)
-
-
-@torch.no_grad()
-def test_paths_are_drawn_with_their_probabilities():
-    model, row, masked = chain_model(num_states=2), torch.tensor([[0, 1, 2, 3]]), [0, 2, 3]
-    transitions, mask, *_ = transitions_of(model, row, masked)
-    number = 20_000
-    many = repeated(transitions, number)
-    noise = -uniform(number, 4, 2).clamp(min=1e-9).log()
-    drawn = draw_states(many, mask.expand(number, -1), noise)[:, masked]
-    for path, probability in paths(transitions, masked):
-        share = (drawn == torch.tensor(path)).all(-1).float().mean().item()
-        assert share == pytest.approx(probability, abs=4 * (probability / number) ** 0.5 + 1e-4)
-
-
 @SHAPES
-@pytest.mark.parametrize("objective", ["vmd", "per_step"])
-def test_one_state_is_the_model_without_a_latent(block_size, objective):
-    model = chain_model(num_states=1, block_size=block_size, objective=objective)
-    plain = of_the_same_weights(model, latent_size=0)
-    input_ids = digits(4, 6) % 5
+def test_one_token_a_step_is_the_model_without_a_latent(block_size):
+    settings = {"block_size": block_size, "objective_steps": [3]}
+    model = chain_model(**settings)
+    plain, input_ids = of_the_same_weights(model, latent_size=0, latent_type="gaussian"), digits(4, 3) % 5
     torch.testing.assert_close(model(input_ids, labels=input_ids).loss, plain(input_ids, labels=input_ids).loss)
-    settings = {"num_steps": 2, "generator": torch.Generator().manual_seed(0)}
-    bound = nelbo(model, input_ids, **settings).nelbo
-    settings["generator"].manual_seed(0)
-    torch.testing.assert_close(bound, nelbo(plain, input_ids, **settings).nelbo)
+    bounds = [nelbo(one, input_ids, num_steps=3, generator=torch.Generator().manual_seed(0)) for one in (model, plain)]
+    torch.testing.assert_close(bounds[0].nelbo, bounds[1].nelbo)
+    canvas, settings = torch.full((4, 3), 5), {"num_steps": 3, "do_sample": True}
+    samples = [one.generate(canvas, generator=torch.Generator().manual_seed(0), **settings) for one in (model, plain)]
+    assert samples[0].equal(samples[1])
 
 
 @SHAPES
@@ -162,23 +129,16 @@ def test_training_starts_near_the_model_without_a_chain(tmp_path, block_size):
     assert loss == pytest.approx(expected, rel=0.005)
 
 
-def test_long_chains_agree_with_a_recursion_over_logarithms_in_double_precision():
-    length, num_states = 1024, 6
-    model = chain_model(num_states=num_states, max_position_embeddings=length)
-    randomise(model.chain, std=1.5)
-    hidden_states = 3 * torch.randn(2, length, 32, generator=torch.Generator().manual_seed(1))
-    emissions = -30 * uniform(2, length, num_states)
-    with torch.no_grad():
-        transitions = model.chain.transitions(hidden_states)
-        every = torch.ones(2, length, dtype=torch.bool)
-        found = chain_log_probs(transitions, emissions, every, every).sum(-1)
-        matrix_of = matrices(transitions)
-        for row in range(2):
-            alpha = transitions.start[row, 0].double().log() + emissions[row, 0].double()
-            for column in range(1, length):
-                matrix = matrix_of[column][row].double().log()
-                alpha = (alpha[:, None] + matrix).logsumexp(0) + emissions[row, column].double()
-            assert found[row].item() == pytest.approx(alpha.logsumexp(0).item(), rel=1e-5)
+def test_long_products_agree_with_a_recursion_over_logarithms_in_double_precision():
+    length, num_states = 1023, 6
+    factors = (-30 * uniform(2, length, num_states)).exp()
+    matrices = torch.randn(2, length, num_states, num_states).mul(3).softmax(-1) * factors[:, :, None]
+    found = log_product(matrices)
+    for row in range(2):
+        alpha = torch.full((num_states,), -math.log(num_states), dtype=torch.double)
+        for matrix in matrices[row].double().log():
+            alpha = (alpha[:, None] + matrix).logsumexp(0)
+        assert found[row].item() == pytest.approx(alpha.logsumexp(0).item(), rel=1e-5)
 
 
 @CANDIDATES
@@ -223,18 +183,25 @@ def test_packed_documents_have_chains_of_their_own():
 
 
 @SHAPES
-def test_a_step_is_charged_its_share_of_the_joint_of_all_masked_tokens(block_size):
-    model = chain_model(block_size=block_size, objective_steps=[3])
-    input_ids = torch.tensor([[3, 1, 4]])
-    for step, times in enumerate((0.0, 0.4, 0.7)):  # the three steps, which find 3, 2 and 1 tokens masked
-        times = torch.tensor([times]) if block_size is None else torch.tensor([[times]])
-        order = torch.tensor([[0.5, 0.1, 0.9]])
+@pytest.mark.parametrize("left_to_right", [0.0, 1.0])
+def test_a_step_is_charged_the_mean_of_all_sets_that_it_could_reveal(block_size, left_to_right):
+    """Four tokens in two steps: the first of them could reveal two pairs, of which both teach."""
+    model = chain_model(block_size=block_size and 4, objective_steps=[2], left_to_right=left_to_right)
+    input_ids, order = torch.tensor([[3, 1, 4, 2]]), torch.tensor([[0.5, 0.1, 0.9, 0.2]])
+    sets_of = {0.2: [[1, 3], [0, 2]], 0.7: [[0, 2]]}
+    if left_to_right:
+        sets_of = {0.2: [[0, 1]], 0.7: [[2, 3]]}
+    for time, sets in sets_of.items():
+        times = torch.tensor([time]) if block_size is None else torch.tensor([[time]])
         loss = model(input_ids, labels=input_ids, times=times, position_noise=order).loss.item()
-        masked = order.argsort(-1).argsort(-1)[None] >= step
-        batch = read_clean(model, input_ids, input_ids)
-        hidden_states = denoise(model, batch, masked, masked.sum(-1)).last_hidden_state
-        joint = chain_cross_entropy(model, hidden_states, batch, masked, masked).item()
-        assert loss == pytest.approx(3 * joint / (3 - step) / 3, rel=1e-5)  # T times the share, over 3 tokens
+        masked = [0, 1, 2, 3] if time < 0.5 else sets[0]
+        batch, mask, hidden_states = hidden_states_of(model, input_ids, masked)
+        joint = 0.0
+        for revealed in sets:
+            now = torch.zeros_like(mask)
+            now[..., revealed] = True
+            joint += cross_entropy_of(model, hidden_states, batch, mask, now).item() / len(sets)
+        assert loss == pytest.approx(2 * joint / 4, rel=1e-5)  # two steps, over four tokens
 
 
 @torch.no_grad()
@@ -267,7 +234,7 @@ def test_likelihood_along_an_order_is_that_of_the_sampler(order, num_states, num
             now = torch.zeros_like(mask)
             now[0, 0, chosen] = True
             if num_states:
-                log_prob -= chain_cross_entropy(model, hidden_states, row, mask, now).item()
+                log_prob -= chain_cross_entropy(model, hidden_states, row, now.long() - 1).item()
             else:
                 log_prob += sum(probs[masked.index(column), rows[index, column]].log().item() for column in chosen)
             masked = [column for column in masked if column not in chosen]
@@ -311,7 +278,7 @@ def test_it_saves_and_loads(tmp_path):
 
 @SHAPES
 @CANDIDATES
-@pytest.mark.parametrize("remasking", ["random", "left_to_right", "entropy"])
+@pytest.mark.parametrize("remasking", ["random", "left_to_right", "top_prob"])
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_samples_have_the_probabilities_of_the_likelihood(block_size, candidates, remasking, num_steps):
     """Frequencies of all sequences of three tokens, two of them masked, against their exact probabilities."""
@@ -356,6 +323,25 @@ def test_states_are_returned_and_may_be_given(block_size):
             model.generate(canvas, latents=latents)
     with pytest.raises(ValueError, match=r"latent_scale must be 1 .* or 0 .* for a chain, got 0.5"):
         model.generate(canvas, latent_scale=0.5)
+
+
+@SHAPES
+def test_a_processor_of_logits_and_a_rule_of_ones_own(block_size):
+    """Both see what tokens have by themselves; what a processor forbids does not come behind another token either."""
+    model, canvas = chain_model(block_size=block_size), torch.full((64, 6), 5)
+
+    def forbid(sequences, scores):
+        assert len(sequences) == len(scores)
+        return scores.index_fill(-1, torch.tensor([0, 2]), -torch.inf)
+
+    settings = {"num_steps": 1, "do_sample": True, "generator": torch.Generator().manual_seed(0)}
+    filled = model.generate(canvas, logits_processor=forbid, **settings)
+    assert set(filled.unique().tolist()) == {1, 3, 4}
+    rule = lambda candidates: candidates.columns.float()  # noqa: E731
+    settings |= {"num_steps": 3, "return_dict_in_generate": True, "output_history": True, "output_confidences": True}
+    output = model.generate(canvas, remasking=rule, **settings)
+    assert output.history[0][:, -1 if block_size is None else 2].ne(5).all() and output.history[0][:, 0].eq(5).all()
+    assert output.confidences.gt(0).all() and output.confidences.lt(1).all()
 
 
 @pytest.mark.parametrize(

@@ -487,6 +487,15 @@ def test_models_of_text_are_compared_and_rows_that_are_there_are_not_trained_aga
     assert set(results[2]["samples"]) == {"1", "2", "4"} and all(results[2]["samples"].values())
     assert imread(tmp_path / "out" / "frontier.png").shape[1] == 1540
     assert all(line["ms a character"] > 0 for line in lines)
+    orders = {(line["order"], line["steps a block"]) for line in lines if line["row"] == "block-4"}
+    assert orders == {("random", 1), ("random", 2), ("random", 4), ("left_to_right", 2), ("left_to_right", 4)}
+    (one, other), differences = results[2:5:2], compare_text.differences_of(results)
+    assert [(line["row"], line["steps a block"]) for line in differences] == [("causal-4", n) for n in (1, 2, 4)]
+    for line in differences:
+        best = [min(b["bits_per_token"] for b in r["bounds"] if b["num_steps"] == line["steps a block"])
+                for r in (other, one)]  # fmt: skip
+        assert line["difference"] == pytest.approx(best[0] - best[1], abs=1e-4)
+        assert line["low"] < line["difference"] < line["high"]
 
     assert [len(result["training"]) for result in results] == [1, 2, 2, 2, 2]
     assert results[4]["training"][0] == results[2]["training"][0]

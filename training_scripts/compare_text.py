@@ -6,8 +6,10 @@
 All models have the same size (a VMD also has its latent path), the same data in the same order and about the same
 training time: the numbers of updates were chosen for that, and the time that a row took is reported. Each stage reads
 the rows from the start. The bounds are those of `vmd_hf.corpus_bound` (`per_step`) on the test split, for samplers of
-1, 2, 4 and 8 steps a block, of 32 for whole rows, and of one token a step. Prints a table, writes `results.json`, and
-draws bits a character over function evaluations (NFE) and time a character, of all rows in the output folder. A row or
+1, 2, 4 and 8 steps a block, of 32 for whole rows, and of one token a step, in random order and (without a Gaussian
+latent: exactly) from left to right. Prints a table, and one of the differences from the model without a latent on the
+same rows, writes `results.json`, and draws bits a character, in the better order, over function evaluations (NFE) and
+time a character, of all rows in the output folder. A row or
 a stage that is there already is not trained again, and one that was interrupted goes on from its last checkpoint; so a
 folder is of one recipe and of the same arguments. All other arguments are those of train_vmd.py, and change every row.
 Models are trained and evaluated on the accelerator if there is one; `--device cpu` leaves it alone.
@@ -28,8 +30,9 @@ from vmd_hf.evaluation.comparison import Rows, parse_comparison, results_in, tra
 from vmd_hf.evaluation.sampling import draw_samples
 from vmd_hf.evaluation.speed import sampling_seconds
 from vmd_hf.evaluation.tables import print_table, write_json
-from vmd_hf.evaluation.text import batches_of, evaluate_bounds, evaluate_objective, largest_step
+from vmd_hf.evaluation.text import batches_of, bound_row, corpus_bounds, evaluate_objective, largest_step
 from vmd_hf.hub import load_model, load_tokenizer
+from vmd_hf.likelihood import confidence_interval, ratio_of_sums
 from vmd_hf.recipes import DataArguments
 
 matplotlib.use("Agg")
@@ -137,9 +140,16 @@ def evaluate_row(
     rows = text_datasets(documents, tokenizer, length)[split]
     batches = batches_of(rows, num_eval_rows, model)
     num_steps = sorted({number for number in (1, 2, 4, 8, 32) if number < width} | {width})
-    few, many = ([number for number in num_steps if (number > 8) == is_many] for is_many in (False, True))
-    bounds = evaluate_bounds(model, batches, few, num_draws=[1, 16])
-    bounds += evaluate_bounds(model, batches, many) if many else []
+    found = {}
+    for order in ("random", "left_to_right") if model.config.gaussian_size == 0 else ("random",):
+        for number in num_steps if order == "random" else num_steps[1:]:  # one step has no order
+            draws = [1, 16] if number <= 8 else [1]
+            of_number = corpus_bounds(model, batches, [number], draws, order=order)
+            found |= {(order, *key): value for key, value in of_number.items()}
+    bounds = [
+        {**bound_row("per_step", *key, *value), "row_bits": [round(bits, 4) for bits in value[0].row_bits.tolist()]}
+        for key, value in found.items()
+    ]
     samples = {
         str(number): tokenizer.decode(draw_samples(model, length, 1, 0, do_sample=True, num_steps=number)[0])
         for number in num_steps
@@ -161,7 +171,7 @@ def lines_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "row": result["row"],
             "seed": result["seed"],
-            "bound": bound["bound"],
+            "order": bound["order"],
             "steps a block": bound["num_steps"],
             "NFE a character": nfe_per_character(result, bound),
             "ms a character": milliseconds_per_character(result, bound),
@@ -177,6 +187,34 @@ def lines_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def lowest_bounds(result: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The lowest bound of a row for each number of steps."""
+    bounds = sorted(result["bounds"], key=lambda bound: -bound["bits_per_token"])
+    return {bound["num_steps"]: bound for bound in bounds}
+
+
+def differences_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each row with blocks less the one without a latent, of the same blocks and seed, for each number of steps: their
+    lowest bounds, on the same rows of text, with a paired 95 % interval."""
+    found = {(result["row"], result["seed"]): result for result in results}
+    lines = []
+    for (row, seed), result in found.items():
+        without = found.get((f"block-{result['width']}", seed))
+        if without is None or without is result:
+            continue
+        others = lowest_bounds(without)
+        for steps, bound in sorted(lowest_bounds(result).items()):
+            other = others[steps]
+            bits = torch.tensor([bound["row_bits"], other["row_bits"]], dtype=torch.float64)
+            mean, error = ratio_of_sums(bits[0] - bits[1], torch.full_like(bits[0], result["length"]))
+            low, high = confidence_interval(mean, error)
+            relative = 100 * mean / other["bits_per_token"]
+            line = {"row": row, "seed": seed, "steps a block": steps, "bits": bound["bits_per_token"]}
+            line |= {"order": bound["order"], "without": other["bits_per_token"], "its order": other["order"]}
+            lines.append(line | {"difference": mean, "low": low, "high": high, "%": relative})
+    return lines
+
+
 def nfe_per_character(result: dict[str, Any], bound: dict[str, Any]) -> float:
     """A learned prior takes one more for a block, where a step reveals enough tokens for a latent."""
     fewest, width, num_steps = result["latent_min_tokens"], result["width"], bound["num_steps"]
@@ -189,19 +227,16 @@ def milliseconds_per_character(result: dict[str, Any], bound: dict[str, Any]) ->
 
 
 def draw_frontier(results: list[dict[str, Any]], path: Path) -> None:
-    """Bits a character over NFE, and over milliseconds, a character, a line for each row and seed (the lowest of its
-    bounds)."""
+    """Bits a character over NFE, and over milliseconds, a character, a line for each row and seed."""
     figure, axes = plt.subplots(1, 2, figsize=(14, 5), layout="constrained", sharey=True)
     colours = {row: plt.get_cmap("tab20")(number % 20) for number, row in enumerate(ROWS)}
     for axis, cost in zip(axes, (nfe_per_character, milliseconds_per_character), strict=True):
         labelled = set()
         for result in results:
-            lowest: dict[float, tuple[float, float]] = {}
-            for bound in sorted(result["bounds"], key=lambda bound: -bound["bits_per_token"]):
-                error = bound["high"] - bound["bits_per_token"]
-                lowest[cost(result, bound)] = (bound["bits_per_token"], error)
-            costs = sorted(lowest)
-            bits, errors = zip(*(lowest[x] for x in costs), strict=True)
+            lowest = sorted(lowest_bounds(result).values(), key=lambda bound: cost(result, bound))
+            costs = [cost(result, bound) for bound in lowest]
+            bits = [bound["bits_per_token"] for bound in lowest]
+            errors = [bound["high"] - bound["bits_per_token"] for bound in lowest]
             label = None if result["row"] in labelled else result["row"]
             labelled.add(result["row"])
             axis.errorbar(costs, bits, errors, marker="o", capsize=3, color=colours[result["row"]], label=label)
@@ -224,6 +259,7 @@ def main(argv: list[str]) -> None:
             run_row(row, seed, recipe, changes, output_dir, options.num_eval_rows, options.eval_split, options.device)
     results = results_in(output_dir, ROWS)
     print_table("Upper bounds on the bits a character, with their 95 % interval", lines_of(results))
+    print_table("Less the model without a latent, on the same rows", differences_of(results))
     print_table("Training", training_lines(results))
     write_json(output_dir / "results.json", results)
     draw_frontier(results, figure := output_dir / "frontier.png")

@@ -116,6 +116,12 @@ class Rounds(NamedTuple):
             most = most.maximum(num_revealed(steps - 1, num_masked, num_steps))
         return most.amax(-1).tolist()
 
+    def most_revealed(self, index: int) -> list[int]:
+        """By each step of a round, the most tokens that the schedule reveals in a row."""
+        num_masked, num_steps = self.num_masked[:, index], self.num_steps[:, index]
+        steps = torch.arange(int(num_steps.max()) + 1)[:, None]
+        return num_revealed(steps, num_masked, num_steps).diff(dim=0).amax(-1).tolist()
+
 
 @dataclass
 class Canvas:

@@ -21,13 +21,9 @@ import torch
 from torch import nn
 
 from .configuration_vmd import VMDConfig
-from .layers_vmd import VMDZeroLinear
+from .layers_vmd import VMDUnitLinear, VMDZeroLinear
 
 Memory = tuple[torch.Tensor, torch.Tensor]
-
-
-class VMDUnitLinear(nn.Linear):
-    """A linear layer that keeps unit scale at the start (see `VMDPreTrainedModel._init_weights`)."""
 
 
 class VMDCausalHead(nn.Module):
@@ -81,4 +77,4 @@ class VMDCausalHead(nn.Module):
         return after + self.out_proj(nn.functional.gelu(features)), memory
 
 
-__all__ = ["VMDCausalHead", "VMDUnitLinear"]
+__all__ = ["VMDCausalHead"]

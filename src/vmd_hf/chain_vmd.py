@@ -1,124 +1,43 @@
 """The chain: a discrete latent whose posterior is known.
 
-The masked positions i_1 < ... < i_n of a block (or sequence) have states s_1..s_n in {1..K}:
+The tokens x_1, ..., x_m that a step reveals, from left to right, are drawn with states c_1, ..., c_m in {1..K} between
+them, the memory of what was drawn so far:
 
-    p(x_A | x_t) = sum_s pi(s_1 | x_t) prod_j T_j(s_{j-1} -> s_j | x_t) prod_{i_j in A} p(x_0^{i_j} | s_j, x_t)
+    p(x_A, c | x_t) = p(x_1 | x_t) pi(c_1) prod_{j > 1} p(x_j | x_{j-1}, c_{j-1}, x_t) T_j(c_{j-1} -> c_j)
 
-for any subset A of M_t. All factors are read off the hidden states h and the logits a of one pass of the denoiser:
+This is a hidden Markov model whose states are pairs of a token and one of its K clones, so that each emits one token
+only ("cloned HMM", arXiv 1905.00507), and whose probabilities depend on what the denoiser saw. All factors are read
+off the hidden states h of one pass of the denoiser, and embeddings v of the tokens:
 
-    pi(s)          proportional to   exp(E_0[s] + q_s(h_1))
-    T_j(s -> s')   proportional to   exp(E[s, s'] + q_{s'}(h_j) + sum_m g_m(h_j) W_m[s, s'])
-    p(v | s, h_i)  proportional to   exp(a_iv + sum_r U_sr (1 + e_r(h_i)) V_vr),     sum_s U_sr = 0
+    f_j = gelu(X v_{j-1} + H h_j + G_gap)                 what the token before means here
+    h'_j = h_j + O f_j                                    O = 0 at the start; the denoiser's own logits a_j of h'_j
+    p(x | x_{j-1}, c, x_t)  prop. to  exp(a_jx + sum_r U_cr (P f_j)_r V_xr),     sum_c U_cr = 0
+    pi(c)                   prop. to  exp(q_c(h_1, v_1))
+    T_j(c -> c')            prop. to  exp(E[c, c'] + q_{c'}(h_j, v_j) + sum_m g_m(h_j, v_j) W_m[c, c'])
 
-Of a large vocabulary, only the most probable tokens at a position have the sum in the exponent, and all others 0. The
-probabilities of all tokens still sum to 1, and the cost does not depend on the size of the vocabulary.
+where the gap is the distance to the token before, up to `NUM_GAPS`. Of a large vocabulary, only the most probable
+tokens at a position have the sum in the exponent, and all others 0. The probabilities of all tokens still sum to 1,
+and the cost does not depend on the size of the vocabulary.
 
-The sum over all paths is the forward recursion, so that the likelihood is exact: there is no posterior to learn, no KL
-term and nothing to collapse. Emissions of tokens that are not revealed sum to 1, so that all steps, orders and subsets
-share one joint distribution. One state is the model without a latent.
+The sum over all paths of states is a product of K x K matrices, taken in pairs, so that the likelihood is exact and
+takes log2(m) rounds: there is no posterior to learn, no KL term and nothing to collapse. A step that reveals one token
+is the model's own without a latent, and so is what a position says of itself (its confidence).
 
 Everything is computed in float32.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from .configuration_vmd import VMDConfig
 from .latents_vmd import input_dtype
+from .layers_vmd import VMDUnitLinear, VMDZeroLinear
 
 NUM_KERNELS = 8
+NUM_GAPS = 8
 _SMALLEST = 1e-30  # of a probability: keeps logarithms finite
-
-
-class _Advance(torch.autograd.Function):
-    """p(s') = sum_s p(s) T(s -> s') for groups with matrices T = softmax(q_{s'} + sum_m g_m W_m[s, s']) of their own.
-
-    The gradient of the softmax's argument is T times a matrix of rank two. Written down here, it takes half of the
-    time that it takes step by step: these K x K numbers of every group are most of what a chain costs.
-    """
-
-    @staticmethod
-    def forward(ctx, state, scores, weights, kernels):
-        matrix = transition_matrix(scores, weights, kernels)
-        ctx.save_for_backward(state, weights, kernels, matrix)
-        return torch.bmm(state[:, None], matrix)[:, 0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        state, weights, kernels, matrix = ctx.saved_tensors
-        expected = torch.bmm(matrix, grad[..., None])  # (groups, K, 1)
-        before = torch.cat([state[..., None], -state[..., None] * expected], dim=-1)
-        after = torch.stack([grad, torch.ones_like(grad)], dim=1)
-        of_logits = torch.bmm(before, after).mul_(matrix)
-        flat = of_logits.flatten(1)
-        of_kernels = (weights.T @ flat).view_as(kernels)
-        return expected[..., 0], of_logits.sum(1), flat @ kernels.flatten(1).T, of_kernels
-
-
-def transition_matrix(scores: torch.Tensor, weights: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
-    """T, (groups, K, K), of q (groups, K), g (groups, M) and W (M, K, K)."""
-    logits = (weights @ kernels.flatten(1)).unflatten(-1, kernels.shape[1:])
-    return logits.add_(scores[:, None]).softmax(-1)
-
-
-@dataclass
-class Transitions:
-    """The transitions of a batch of groups (blocks or sequences) of n columns each.
-
-    Attributes:
-        start: (groups, n, K), pi where a column is the first masked one.
-        scores: (groups, n, K), q.
-        weights: (groups, n, 1 + NUM_KERNELS), 1 and g.
-        kernels: (1 + NUM_KERNELS, K, K), E and W.
-        restarts: (groups, n) bool, where a new document begins with a chain of its own; `None`: nowhere.
-    """
-
-    start: torch.Tensor
-    scores: torch.Tensor
-    weights: torch.Tensor
-    kernels: torch.Tensor
-    restarts: torch.Tensor | None = None
-
-    def columns(self) -> Iterator["Column"]:
-        """Each column, from left to right. (Unbound at once: a gradient for each column would be as large as that of
-        all.)"""
-        restarts = [None] * self.start.shape[1] if self.restarts is None else self.restarts.unbind(1)
-        parts = (part.unbind(1) for part in (self.start, self.scores, self.weights))
-        yield from (Column(*part, self.kernels) for part in zip(restarts, *parts, strict=True))
-
-
-@dataclass
-class Column:
-    """One column of `Transitions`, without the dimension of columns."""
-
-    restarts: torch.Tensor | None
-    start: torch.Tensor
-    scores: torch.Tensor
-    weights: torch.Tensor
-    kernels: torch.Tensor
-
-    def still(self, begun: torch.Tensor) -> torch.Tensor:
-        """Of `begun` (groups, 1) bool, whether there is a state before the column, what holds within its document."""
-        return begun if self.restarts is None else begun & ~self.restarts[:, None]
-
-    def matrix(self) -> torch.Tensor:
-        """(groups, K, K)."""
-        return transition_matrix(self.scores, self.weights, self.kernels)
-
-    def after(self, state: torch.Tensor, begun: torch.Tensor) -> torch.Tensor:
-        """Probabilities of its states, (groups, K), given those of the states before it."""
-        return torch.where(begun, _Advance.apply(state, self.scores, self.weights, self.kernels), self.start)
-
-    def after_state(self, state: torch.Tensor, begun: torch.Tensor) -> torch.Tensor:
-        """The same where the state before it is known, (groups,) int64: a row of each matrix is enough."""
-        rows = self.kernels.transpose(0, 1)[state]  # (groups, 1 + NUM_KERNELS, K)
-        following = torch.baddbmm(self.scores[:, None], self.weights[:, None], rows)[:, 0].softmax(-1)
-        return torch.where(begun, following, self.start)
 
 
 class VMDChainTables(nn.Module):
@@ -128,191 +47,172 @@ class VMDChainTables(nn.Module):
     def __init__(self, config: VMDConfig):
         super().__init__()
         num_states, rank = config.latent_size, config.conditioning_size
-        self.start = nn.Parameter(torch.empty(num_states))  # E_0
+        self.gaps = nn.Parameter(torch.empty(NUM_GAPS, config.hidden_size))  # G
         self.table = nn.Parameter(torch.empty(num_states, num_states))  # E
         self.kernels = nn.Parameter(torch.empty(NUM_KERNELS, num_states, num_states))  # W
         self.state_vectors = nn.Parameter(torch.empty(num_states, rank))  # U
         self.token_vectors = nn.Parameter(torch.empty(config.vocab_size, rank))  # V
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """E_0, E and W (1 + NUM_KERNELS, K, K), U (of mean 0 over the states: with one state, zero), V."""
+        """G, E and W (1 + NUM_KERNELS, K, K), U (of mean 0 over the states: with one state, zero), V."""
         kernels = torch.cat([self.table[None], self.kernels]).float()
         vectors = self.state_vectors.float()
-        return self.start.float(), kernels, vectors - vectors.mean(0), self.token_vectors.float()
+        return self.gaps.float(), kernels, vectors - vectors.mean(0), self.token_vectors.float()
 
 
 class VMDChain(nn.Module):
-    """States, transitions and emissions of the chain, from hidden states and logits."""
+    """What tokens that are revealed together tell of one another."""
 
     def __init__(self, config: VMDConfig):
         super().__init__()
+        size, rank = config.hidden_size, config.conditioning_size
         self.num_states = config.latent_size
         self.num_candidates = config.candidate_tokens
-        self.state_proj = nn.Linear(config.hidden_size, self.num_states)  # q
-        self.kernel_proj = nn.Linear(config.hidden_size, NUM_KERNELS)  # g
-        self.tilt_proj = nn.Linear(config.hidden_size, config.conditioning_size)  # e
+        self.token_norm = nn.LayerNorm(size, eps=config.norm_eps, bias=False)  # v
+        self.token_proj = VMDUnitLinear(size, size, bias=False)  # X
+        self.hidden_proj = VMDUnitLinear(size, size)  # H
+        self.out_proj = VMDZeroLinear(size, size, bias=False)  # O
+        self.tilt_proj = VMDUnitLinear(size, rank, bias=False)  # P
+        self.state_proj = VMDUnitLinear(2 * size, self.num_states)  # q
+        self.kernel_proj = VMDUnitLinear(2 * size, NUM_KERNELS)  # g
         self.tables = VMDChainTables(config)
 
-    def transitions(self, hidden_states: torch.Tensor, restarts: torch.Tensor | None = None) -> Transitions:
-        """Of hidden states (groups, n, hidden)."""
-        scores = self._project(self.state_proj, hidden_states)
-        start, kernels, *_ = self.tables()
-        start = (scores + start).softmax(-1)
-        weights = nn.functional.pad(self._project(self.kernel_proj, hidden_states), (1, 0), value=1.0)
-        return Transitions(start, scores, weights, kernels, restarts)
+    def read(
+        self, embeddings: torch.Tensor, hidden_states: torch.Tensor, gaps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states h' (tokens, hidden) of tokens given the one before each, and P f, (tokens, rank).
 
-    def _project(self, layer: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
-        return layer(hidden_states.to(input_dtype(layer))).float()
+        Args:
+            embeddings: (tokens, hidden), of the tokens before.
+            hidden_states: (tokens, hidden), of the denoiser.
+            gaps: (tokens,) int64, the distance to the token before.
+        """
+        dtype = input_dtype(self.token_proj)
+        hidden_states = hidden_states.to(dtype)
+        of_gap = self.tables()[0][gaps.clamp(max=NUM_GAPS) - 1].to(dtype)
+        features = self.token_proj(self.token_norm(embeddings.to(dtype))) + self.hidden_proj(hidden_states) + of_gap
+        features = nn.functional.gelu(features)
+        return hidden_states + self.out_proj(features), self.tilt_proj(features).float()
 
-    def emission_log_probs(
-        self, hidden_states: torch.Tensor, logits: torch.Tensor, tokens: torch.Tensor
-    ) -> torch.Tensor:
-        """log p(token | s) for each state, (positions, K), of hidden states (positions, hidden), the denoiser's logits
-        (positions, vocabulary) and tokens (positions,) int64."""
-        log_probs, candidates, rest = self._log_probs(hidden_states, logits)
+    def remember(self, embeddings: torch.Tensor, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """q (tokens, K), and 1 and g (tokens, 1 + NUM_KERNELS), of tokens and hidden states, each (tokens, hidden)."""
+        dtype = input_dtype(self.state_proj)
+        inputs = torch.cat([hidden_states.to(dtype), self.token_norm(embeddings.to(dtype))], dim=-1)
+        weights = nn.functional.pad(self.kernel_proj(inputs).float(), (1, 0), value=1.0)
+        return self.state_proj(inputs).float(), weights
+
+    def transitions(self, scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """T, (tokens, K, K), of what `remember` returns."""
+        kernels = self.tables()[1]
+        logits = (weights @ kernels.flatten(1)).unflatten(-1, kernels.shape[1:])
+        return logits.add_(scores[:, None]).softmax(-1)
+
+    def following(self, scores: torch.Tensor, weights: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Probabilities of the states (tokens, K) that follow these (tokens,) int64: a row of each matrix."""
+        rows = self.tables()[1].transpose(0, 1)[states]  # (tokens, 1 + NUM_KERNELS, K)
+        return torch.baddbmm(scores[:, None], weights[:, None], rows)[:, 0].softmax(-1)
+
+    def emission_log_probs(self, tilts: torch.Tensor, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """log p(token | c) of each state c of the token before, (tokens, K), of P f (tokens, rank), logits of h'
+        (tokens, vocabulary) and tokens (tokens,) int64."""
+        log_probs, candidates, rest = self._log_probs(tilts, logits)
         place, share = tokens[:, None], 0.0
         if candidates is not None:
-            found = candidates == place  # (positions, candidates)
+            found = candidates == place  # (tokens, candidates)
             is_candidate = found.any(-1, keepdim=True)
             share = (logits.float().gather(-1, place) - rest).masked_fill(is_candidate, 0.0)
             place = torch.where(is_candidate, found.long().argmax(-1, keepdim=True), self.num_candidates)
         return log_probs.gather(-1, place[..., None].expand(-1, self.num_states, 1)).squeeze(-1) + share
 
-    def token_log_probs(self, hidden_states: torch.Tensor, logits: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """log p(v | state) of one state (positions,) int64 at each position, (positions, vocabulary)."""
-        log_probs, candidates, rest = self._log_probs(hidden_states, logits, states)
-        return self._of_all_tokens(log_probs[:, 0], logits, candidates, rest)
-
-    def marginal_log_probs(
-        self, hidden_states: torch.Tensor, logits: torch.Tensor, state_probs: torch.Tensor
-    ) -> torch.Tensor:
-        """log sum_s p(s) p(v | s), (positions, vocabulary), of probabilities of the states (positions, K)."""
-        log_probs, candidates, rest = self._log_probs(hidden_states, logits)
-        mixed = (log_probs + state_probs.log()[..., None]).logsumexp(1)
-        return self._of_all_tokens(mixed, logits, candidates, rest)
-
-    def _of_all_tokens(self, log_probs, logits, candidates, rest) -> torch.Tensor:
-        """(positions, vocabulary) of what `_log_probs` gives of one state."""
+    def token_log_probs(self, tilts: torch.Tensor, logits: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """log p(x | c) of one state c (tokens,) int64 each, (tokens, vocabulary)."""
+        log_probs, candidates, rest = self._log_probs(tilts, logits, states)
+        log_probs = log_probs[:, 0]
         if candidates is None:
             return log_probs
         return (logits.float() - rest + log_probs[:, -1:]).scatter(-1, candidates, log_probs[:, :-1])
 
     def _log_probs(
-        self, hidden_states: torch.Tensor, logits: torch.Tensor, states: torch.Tensor | None = None
+        self, tilts: torch.Tensor, logits: torch.Tensor, states: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """log p(v | s) of all tokens, (positions, K, vocabulary), `None`, `None`; of a large vocabulary those of the
-        candidates and of all other tokens together, (positions, K, candidates + 1), the candidates (positions,
-        candidates), and the logarithm of the sum over the others' exponentials (positions, 1). With `states`
-        (positions,) K is 1, that state."""
+        """log p(x | c) of all tokens, (tokens, K, vocabulary), `None`, `None`; of a large vocabulary those of the
+        candidates and of all other tokens together, (tokens, K, candidates + 1), the candidates (tokens, candidates),
+        and the logarithm of the sum over the others' exponentials (tokens, 1). With `states` (tokens,) K is 1, that
+        state."""
         logits = logits.float()
-        gate = 1 + self._project(self.tilt_proj, hidden_states)  # (positions, rank)
-        *_, vectors, tokens = self.tables()
+        *_, vectors, of_tokens = self.tables()
+        of_state = tilts[:, None] * (vectors if states is None else vectors[states][:, None])  # (tokens, K, rank)
         if logits.shape[-1] <= self.num_candidates:
-            if states is None:
-                pairs = (vectors[:, None] * tokens).flatten(0, 1)  # (K * vocabulary, rank)
-                tilts = (gate @ pairs.T).unflatten(-1, (self.num_states, -1))
-            else:
-                tilts = ((gate * vectors[states]) @ tokens.T)[:, None]
-            return tilts.add_(logits[:, None]).log_softmax(-1), None, None
+            return (of_state @ of_tokens.T).add_(logits[:, None]).log_softmax(-1), None, None
         top = logits.topk(self.num_candidates, dim=-1)
-        of_state = gate[:, None] * (vectors if states is None else vectors[states][:, None])  # (positions, K, rank)
-        tilts = of_state @ nn.functional.embedding(top.indices, tokens).transpose(1, 2)
+        tilted = of_state @ nn.functional.embedding(top.indices, of_tokens).transpose(1, 2)
         # All tokens but the candidates: the logarithm of a difference, of which the first part is the larger one.
         whole, among = (part.logsumexp(-1, keepdim=True) for part in (logits, top.values))
-        rest = whole + torch.log1p(-(among - whole).exp().clamp(max=1 - 1e-6))  # (positions, 1)
-        tilted = torch.cat([tilts.add_(top.values[:, None]), rest[:, None].expand(-1, tilts.shape[1], 1)], dim=-1)
+        rest = whole + torch.log1p(-(among - whole).exp().clamp(max=1 - 1e-6))  # (tokens, 1)
+        tilted = torch.cat([tilted.add_(top.values[:, None]), rest[:, None].expand(-1, tilted.shape[1], 1)], dim=-1)
         return tilted.log_softmax(-1), top.indices, rest
 
 
+def log_product(matrices: torch.Tensor) -> torch.Tensor:
+    """log u M_1 ... M_n 1, (groups,), for matrices (groups, n, K, K) that are not negative and u uniform over K."""
+    groups, num_matrices, size, _ = matrices.shape
+    total = matrices.new_zeros(groups)
+    while num_matrices > 1:
+        if num_matrices % 2:
+            matrices = torch.cat([matrices, torch.eye(size).to(matrices).expand(groups, 1, -1, -1)], dim=1)
+        matrices = matrices[:, 0::2] @ matrices[:, 1::2]
+        num_matrices = matrices.shape[1]
+        # Rescaled, or long products vanish. What the scale is does not matter, so it needs no gradient.
+        scale = matrices.detach().amax((-2, -1), keepdim=True).clamp(min=_SMALLEST)
+        matrices = matrices / scale
+        total = total + scale.log().sum((1, 2, 3))
+    return total + (matrices[:, 0].sum((-2, -1)) / size).clamp(min=_SMALLEST).log()
+
+
 def chain_log_probs(
-    transitions: Transitions, emissions: torch.Tensor, masked: torch.Tensor, scored: torch.Tensor
+    chain: VMDChain,
+    hidden_states: torch.Tensor,
+    embeddings: torch.Tensor,
+    tokens: torch.Tensor,
+    columns: torch.Tensor,
+    follows: torch.Tensor,
+    group: torch.Tensor,
+    shape: tuple[int, int],
+    compute_logits: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """log p of each scored token given x_t and the scored tokens to its left, (groups, n), 0 elsewhere: by the chain
-    rule the sum is log p(x_A | x_t).
+    """log p(x_A | x_t) of each group, (groups,) float32, the sum over its chains.
 
     Args:
-        emissions: (groups, n, K), log p(token | s); read at scored columns only.
-        masked, scored: (groups, n) bool, M_t and A.
+        hidden_states, embeddings: (tokens, hidden), of the denoiser, and of the tokens themselves: chain after chain,
+            from left to right in each.
+        tokens, columns: (tokens,) int64, and where they stand.
+        follows: (tokens,) bool, whether the token belongs to the chain of the one before it.
+        group: (tokens,) int64, in ascending order: which group the chain belongs to.
+        shape: Groups, and the most tokens that one can have.
+        compute_logits: Of hidden states (tokens, hidden).
     """
-    highest = emissions.amax(-1)
-    relative = (emissions - highest[..., None]).exp().unbind(1)
-    conditioned = scored[..., None].unbind(1)
-    masked = masked[..., None].unbind(1)
-    state, begun = None, torch.zeros_like(masked[0])
-    evidence = []
-    for place, column in enumerate(transitions.columns()):
-        begun = column.still(begun)
-        predicted = column.start if state is None else column.after(state, begun)
-        seen = predicted * relative[place]
-        evidence.append(seen.sum(-1, keepdim=True).clamp(min=_SMALLEST))
-        predicted = torch.where(conditioned[place], seen / evidence[-1], predicted)
-        state = predicted if state is None else torch.where(masked[place], predicted, state)
-        begun = begun | masked[place]
-    return (torch.cat(evidence, dim=-1).log() + highest).where(scored, 0.0)
+    num_groups, size = shape[0], chain.num_states
+    later, first = follows.nonzero().squeeze(-1), (~follows).nonzero().squeeze(-1)
+    before = later - 1
+    changed, tilts = chain.read(embeddings[before], hidden_states[later], columns[later] - columns[before])
+    logits = compute_logits(hidden_states.index_copy(0, later, changed.to(hidden_states.dtype))).float()
+    alone = -nn.functional.cross_entropy(logits[first], tokens[first], reduction="none")
+    emissions = chain.emission_log_probs(tilts, logits[later], tokens[later])  # (later, K)
+    highest = emissions.detach().amax(-1)
+    totals = alone.new_zeros(num_groups).index_add(0, group[first], alone).index_add(0, group[later], highest)
+
+    # For every later token, a matrix: from the states before those of the token before it to these, times the token's
+    # own probability given these. Where the token before is a chain's first one, all rows are alike.
+    scores, weights = chain.remember(embeddings[before], hidden_states[before])
+    inside = follows[before].nonzero().squeeze(-1)
+    matrices = scores.softmax(-1)[:, None].expand(-1, size, -1)
+    matrices = matrices.index_copy(0, inside, chain.transitions(scores[inside], weights[inside]))
+    matrices = matrices * (emissions - highest[:, None]).exp()[:, None]
+    of_group = group[later]
+    num_earlier = torch.searchsorted(of_group, torch.arange(num_groups, device=group.device))
+    place = of_group * shape[1] + torch.arange(len(later), device=group.device) - num_earlier[of_group]
+    grid = torch.eye(size).to(matrices).repeat(num_groups * shape[1], 1, 1).index_copy(0, place, matrices)
+    return totals + log_product(grid.unflatten(0, shape))
 
 
-def state_marginals(transitions: Transitions, masked: torch.Tensor) -> torch.Tensor:
-    """p(s_j | x_t), (groups, n, K), at masked columns; arbitrary elsewhere."""
-    masked = masked[..., None].unbind(1)
-    state, begun = None, torch.zeros_like(masked[0])
-    found = []
-    for is_masked, column in zip(masked, transitions.columns(), strict=True):
-        begun = column.still(begun)
-        found.append(column.start if state is None else column.after(state, begun))
-        state = found[-1] if state is None else torch.where(is_masked, found[-1], state)
-        begun = begun | is_masked
-    return torch.stack(found, dim=1)
-
-
-def draw_states(transitions: Transitions, masked: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-    """A path of states, (groups, n) int64: drawn, or the most probable one. Arbitrary at columns that are not masked.
-
-    Args:
-        masked: (groups, n) bool.
-        noise: (groups, n, K) independent exponential, or `None` for the most probable path (Viterbi).
-    """
-    if noise is None:
-        return most_probable_states(transitions, masked)
-    state, begun = torch.zeros_like(masked[:, 0], dtype=torch.long), torch.zeros_like(masked[:, :1])
-    path = []
-    for place, column in enumerate(transitions.columns()):
-        begun = column.still(begun)
-        # The largest of probabilities over independent exponentials falls on a state with its probability.
-        path.append((column.after_state(state, begun) / noise[:, place]).argmax(-1))
-        state = torch.where(masked[:, place], path[-1], state)
-        begun = begun | masked[:, place, None]
-    return torch.stack(path, dim=1)
-
-
-def most_probable_states(transitions: Transitions, masked: torch.Tensor) -> torch.Tensor:
-    """The Viterbi path, (groups, n) int64; arbitrary at columns that are not masked."""
-    masked = masked[..., None].unbind(1)
-    score, begun = torch.zeros_like(transitions.start[:, 0]), torch.zeros_like(masked[0])
-    stay = torch.arange(score.shape[-1], device=score.device).expand(score.shape)
-    origins = []
-    for is_masked, column in zip(masked, transitions.columns(), strict=True):
-        begun = column.still(begun)
-        # A chain that begins here follows the best end of the one before.
-        ended, origin = score.max(-1, keepdim=True)
-        inside, before = (score[..., None] + column.matrix().log()).max(1)
-        best = torch.where(begun, inside, ended + column.start.log())
-        origin = torch.where(begun, before, origin.expand_as(stay))
-        origins.append(torch.where(is_masked, origin, stay))
-        score, begun = torch.where(is_masked, best, score), begun | is_masked
-    state = score.argmax(-1, keepdim=True)
-    path = []
-    for origin in reversed(origins):
-        path.append(state)
-        state = origin.gather(-1, state)
-    return torch.cat(path[::-1], dim=-1)
-
-
-__all__ = [
-    "Column",
-    "Transitions",
-    "VMDChain",
-    "chain_log_probs",
-    "draw_states",
-    "most_probable_states",
-    "state_marginals",
-]
+__all__ = ["VMDChain", "chain_log_probs", "log_product"]

@@ -80,15 +80,15 @@ class VMDConfig(PreTrainedConfig):
             number learned for each layer, head and grouping, added to the scores (sudoku.yaml). Whole sequences,
             eager or sdpa attention.
         rope_parameters: Rotary settings as everywhere in transformers (`rope_type`, `rope_theta`, ...).
-        latent_type: `"gaussian"`, the paper's z ~ N(0, I) with a learned posterior, or `"chain"`: a state for each
-            masked token, whose posterior is known (see `chain_vmd.py`). A chain has no KL term and no encoder, and
-            fields about these do not concern it.
+        latent_type: `"gaussian"`, the paper's z ~ N(0, I) with a learned posterior, or `"chain"`: a state behind each
+            token that is revealed, its memory for the next one (see `chain_vmd.py`). Its posterior is known, so a
+            chain has no KL term and no encoder, and fields about these do not concern it.
         latent_size: Dimensions of the latent `z`, or states of the chain; 0 for no latent. With
             `latent_input="position_slices"`, of all slices together.
         conditioning_size: Width of the conditioning vector that is computed from `z` (from each slice of it). For a
             chain, the rank of what tilts the emissions of its states.
         candidate_tokens: For a chain, the number of tokens, the most probable ones at a position, whose probability
-            depends on its state; all others together have a share of it that does. Cost and memory of the emissions
+            depends on the state; all others together have a share of it that does. Cost and memory of the emissions
             grow with it, and not with the vocabulary.
         causal_head_size: Width of a recurrent network that reads the tokens of a step one after another, each of which
             depends on those before it (see `causal_vmd.py`; what the chain is measured against); 0 for none.

@@ -27,7 +27,7 @@ class VMDGenerationConfig(GenerationConfig):
             `True` is the sampler that belongs to `objective="per_step"` (whose models default to it) and to `"vmd"`;
             `False`, the paper's, to `"per_sample"`.
         latent_scale: Factor on drawn latents: below 1 for more typical samples. 1 samples the model. For a chain, 1 or
-            0: its most probable path of states.
+            0: the most probable state behind each token.
         corrector: Mask revealed tokens again at each step, so that they can be corrected (ReMDM, arXiv 2503.00307,
             section 4). With alpha and alpha' the shares of tokens revealed before and after the step, the probability
             is at most sigma_max = min(1, (1 - alpha') / alpha): `"cap"`: min(corrector_strength, sigma_max);
@@ -127,7 +127,8 @@ class VMDGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_model_config(cls, model_config) -> "VMDGenerationConfig":
-        """The defaults of a model: its special tokens, and the sampler that belongs to its objective."""
+        """The defaults of a model: its special tokens, and the sampler that belongs to its objective (from left to
+        right if some of the training was for that)."""
         values = model_config if isinstance(model_config, dict) else model_config.to_dict()
         return cls(
             eos_token_id=values.get("eos_token_id"),
@@ -135,7 +136,7 @@ class VMDGenerationConfig(GenerationConfig):
             resample_latents=values.get("objective") == "per_step"
             and values.get("latent_size", 0) > 0
             and values.get("latent_type") != "chain",  # whose states belong to a step anyway
-            remasking="random" if values.get("causal_head_size") else "top_prob",
+            remasking="left_to_right" if values.get("left_to_right") else "top_prob",
             _from_model_config=True,
         )
 

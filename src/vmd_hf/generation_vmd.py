@@ -3,6 +3,7 @@ its cache, and the loop over blocks and steps. What happens in a step is in samp
 
 import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,14 +12,12 @@ from transformers.utils import ModelOutput
 
 from .blocks_vmd import CleanContext, Layout
 from .canvas_vmd import Canvas, ContextReader, EndOfText, PrefixStreamer, Rounds, check_length, prepare_canvas
-from .chain_vmd import draw_states, state_marginals
 from .generation_configuration_vmd import VMDGenerationConfig
 from .sampling_vmd import (
     Generators,
     RemaskingRule,
     Sampler,
     SamplerState,
-    SamplerStep,
     check_generators,
     draw_for,
     exponential,
@@ -36,7 +35,8 @@ class VMDGenerateOutput(ModelOutput):
         num_forward_passes: (batch,) int64, counted.
         latents: (batch, latent_size) float32 or None; with `resample_latents` those of each row's last step. With
             blocks (batch, generated blocks, latent_size), 0 for blocks that a row did not generate. Of a chain the
-            states that tokens were drawn from, (batch, length) or (batch, generated blocks, block_size) int64.
+            state behind each token that the next token of its step was drawn from, (batch, length) or (batch,
+            generated blocks, block_size) int64, 0 elsewhere.
         history: With `output_history`, the sequences after every step, a tuple of (batch, length).
         confidences: With `output_confidences`, (batch, length) float32: the probability of each token given what was
             there when it was revealed (before temperature, top-k and top-p); 1 for what was given, 0 for masks that
@@ -91,19 +91,6 @@ def execution_device(model, input_ids: torch.Tensor) -> torch.device:
     device = getattr(getattr(model.get_input_embeddings(), "_hf_hook", None), "execution_device", None)
     device = model.device if device is None else torch.device(device)
     return input_ids.device if device.type == "meta" else device
-
-
-def check_causal(config: VMDGenerationConfig, rule: RemaskingRule | None, logits_processor) -> None:
-    """What a model with a causal head, which draws tokens where positions are chosen already, can do."""
-    asked = {
-        "remasking": rule or (config.remasking if config.remasking == "top_prob" else None),
-        "output_confidences": config.output_confidences or None,
-        "corrector": config.corrector if config.corrector == "confidence" else None,
-        "logits_processor": logits_processor,
-    }
-    for name, value in asked.items():
-        if value is not None:
-            raise ValueError(f"{name} must not depend on the tokens drawn with a causal head, got {value!r}")
 
 
 def ordinary(values: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -225,8 +212,6 @@ class VMDGenerationMixin:
         """
         config, rule = self._generation_settings(generation_config, remasking, kwargs)
         self._check_generation_inputs(input_ids, attention_mask, latents, generator, config)
-        if self.causal_head is not None:
-            check_causal(config, rule, logits_processor)
         with torch.inference_mode():
             output = self._generate(
                 config,
@@ -339,6 +324,7 @@ class VMDGenerationMixin:
         prior = self._read_prior(state, index, working)
         conditioning = None
         wait = config.confidence_threshold is not None or state.stopping_criteria is not None
+        host_most_revealed = state.host_rounds.most_revealed(index)
         for step, most in enumerate(most_masked, start=1):
             work.active = working & ~state.stopped & work.masked.any(-1)
             if wait:
@@ -353,16 +339,12 @@ class VMDGenerationMixin:
             hidden_states = self._hidden_states(
                 state, work, window, given, self._conditioning(state, work, step, conditioning)
             )
-            logits, marginals = self._predict(state, work, hidden_states), None
-            if self.chain is not None:
-                logits, marginals, states = self._predict_by_chain(state, index, work, hidden_states, logits)
-            step_done = state.sampler(logits, work, step, marginals)
-            if self.causal_head is not None:
-                step_done.tokens = self._draw_in_turn(state, work, hidden_states, step_done)
-            if self.chain is not None:
-                before = state.latents[:, index]
-                chosen = torch.where(step_done.revealed, states, before.gather(-1, work.columns))
-                state.latents[:, index] = before.scatter(-1, work.columns, chosen)
+            logits = self._predict(state, work, hidden_states, work.columns)
+            draw_together = None
+            if self.chain is not None or self.causal_head is not None:
+                most_revealed = None if wait or config.corrector is not None else host_most_revealed[step - 1]
+                draw_together = partial(self._draw_in_turn, state, index, work, hidden_states, most_revealed)
+            step_done = state.sampler(logits, work, step, draw_together)
             work.reveal(step_done, self.config.mask_token_id)
             if state.is_watched():
                 canvas.put(columns, work.tokens, work.masked)
@@ -417,57 +399,78 @@ class VMDGenerationMixin:
         guided, unguided = outputs.last_hidden_state.chunk(2)
         return unguided + scale * (guided - unguided)
 
-    def _predict(self, state: GenerationState, work: SamplerState, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, k, vocabulary) float32 at the columns that the sampler looks at."""
-        columns = work.columns[..., None].expand(-1, -1, hidden_states.shape[-1])
-        logits = self.compute_logits(hidden_states.gather(1, columns)).float()
-        if state.logits_processor is not None:  # sees masked positions only
-            rows, _ = work.candidates.nonzero(as_tuple=True)
-            scores = state.logits_processor(state.canvas.sequences()[rows], logits[work.candidates])
-            logits[work.candidates] = scores
+    def _predict(
+        self, state: GenerationState, work: SamplerState, hidden_states: torch.Tensor, columns: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits (batch, k, vocabulary) float32 at these columns (batch, k)."""
+        hidden_states = hidden_states.gather(1, columns[..., None].expand(-1, -1, hidden_states.shape[-1]))
+        return self._process(state, work.candidates, self.compute_logits(hidden_states).float())
+
+    def _process(self, state: GenerationState, candidates: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, k, vocabulary) as a logits processor, which sees the candidates (batch, k) only, has them."""
+        if state.logits_processor is not None:
+            rows, _ = candidates.nonzero(as_tuple=True)
+            logits[candidates] = state.logits_processor(state.canvas.sequences()[rows], logits[candidates])
         return logits
 
-    def _predict_by_chain(
-        self, state: GenerationState, index: int, work: SamplerState, hidden_states: torch.Tensor, logits: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Logits of tokens given the states that are drawn here, of their marginals, if anything depends on them, each
-        (batch, k, vocabulary) float32, and these states (batch, k) int64."""
-        chain, columns = self.chain, work.columns
-        transitions = chain.transitions(hidden_states)
-        if state.given_latents:
-            states = state.latents[:, index]
-        else:
-            noise = None
-            if state.config.latent_scale:
-                masked = work.masked & work.active[:, None]
-                noise = draw_for(masked, exponential, (chain.num_states,), state.sampler.generator)
-            states = draw_states(transitions, work.masked, noise)
-        states = states.gather(-1, columns)
-        hidden_states = hidden_states.gather(1, columns[..., None].expand(-1, -1, hidden_states.shape[-1]))
-        flat = hidden_states.flatten(0, 1), logits.flatten(0, 1)
-        marginals = None
-        if state.sampler.needs_confidence():
-            of_states = state_marginals(transitions, work.masked)
-            of_states = of_states.gather(1, columns[..., None].expand(-1, -1, chain.num_states))
-            marginals = chain.marginal_log_probs(*flat, of_states.flatten(0, 1)).view_as(logits)
-        return chain.token_log_probs(*flat, states.flatten()).view_as(logits), marginals, states
-
     def _draw_in_turn(
-        self, state: GenerationState, work: SamplerState, hidden_states: torch.Tensor, step: SamplerStep
+        self,
+        state: GenerationState,
+        index: int,
+        work: SamplerState,
+        hidden_states: torch.Tensor,
+        most_revealed: int | None,
+        tokens: torch.Tensor,
+        revealed: torch.Tensor,
     ) -> torch.Tensor:
-        """By a causal head: tokens (batch, k) int64 of which the revealed ones are drawn from left to right, each
-        given those before it; the first of them stays, and waits for the device to say how many there are."""
-        order = step.revealed.long().argsort(dim=-1, descending=True, stable=True)
-        columns = work.columns.gather(-1, order)[..., None].expand(-1, -1, hidden_states.shape[-1])
-        tokens, hidden_states = step.tokens.gather(-1, order), hidden_states.gather(1, columns)
-        num_revealed, memory = step.revealed.sum(-1, keepdim=True), None
-        for place in range(1, int(num_revealed.max())):
-            embeddings = self.get_input_embeddings()(tokens[:, place - 1, None])
-            before, after = hidden_states[:, place - 1, None], hidden_states[:, place, None]
-            changed, memory = self.causal_head.read(embeddings, before, after, memory)
-            logits, of_place = self.compute_logits(changed).float(), replace(work, candidates=num_revealed > place)
-            tokens[:, place, None] = state.sampler.draw_tokens(logits, of_place)
-        return step.tokens.scatter(-1, order, tokens)
+        """By a chain or a causal head: tokens (batch, k) int64 of which the revealed ones are drawn from left to
+        right, each given those before it; the first of them stays. `most_revealed`: how many there are in a row at
+        most; `None`: the device has to be asked."""
+        order = revealed.long().argsort(dim=-1, descending=True, stable=True)
+        columns, count = work.columns.gather(-1, order), revealed.sum(-1, keepdim=True)
+        hidden_states = hidden_states.gather(1, columns[..., None].expand(-1, -1, hidden_states.shape[-1]))
+        drawn, memory = tokens.gather(-1, order), None
+        for place in range(1, int(count.max()) if most_revealed is None else most_revealed):
+            embeddings = self.get_input_embeddings()(drawn[:, place - 1])
+            before, after = hidden_states[:, place - 1], hidden_states[:, place]
+            of_place = replace(work, candidates=count > place)
+            if self.chain is None:
+                changed, memory = self.causal_head.read(embeddings[:, None], before[:, None], after[:, None], memory)
+                logits = self._process(state, of_place.candidates, self.compute_logits(changed).float())
+            else:
+                memory = self._draw_state(state, index, of_place, columns[:, place - 1], embeddings, before, memory)
+                gaps = (columns[:, place] - columns[:, place - 1]).clamp(min=1)
+                changed, tilts = self.chain.read(embeddings, after, gaps)
+                logits = self.compute_logits(changed)[:, None].float()
+                logits = self._process(state, of_place.candidates, logits)[:, 0]
+                logits = self.chain.token_log_probs(tilts, logits, memory)[:, None]
+            drawn[:, place, None] = state.sampler.draw_tokens(logits, of_place)
+        return tokens.scatter(-1, order, drawn)
+
+    def _draw_state(
+        self,
+        state: GenerationState,
+        index: int,
+        work: SamplerState,
+        columns: torch.Tensor,
+        embeddings: torch.Tensor,
+        hidden_states: torch.Tensor,
+        before: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """States (batch,) int64 of a chain's tokens at these columns (batch,), given the states before, or the given
+        ones; noted where another token of the step follows."""
+        noted, columns = state.latents[:, index], columns[:, None]
+        if state.given_latents:
+            return noted.gather(-1, columns)[:, 0]
+        scores, weights = self.chain.remember(embeddings, hidden_states)
+        probabilities = scores.softmax(-1) if before is None else self.chain.following(scores, weights, before)
+        if state.config.latent_scale:
+            noise = draw_for(work.candidates, exponential, probabilities.shape[-1:], state.sampler.generator)
+            probabilities = probabilities / noise[:, 0]
+        states = probabilities.argmax(-1)
+        seen = torch.where(work.candidates, states[:, None], noted.gather(-1, columns))
+        state.latents[:, index] = noted.scatter(-1, columns, seen)
+        return states
 
     def _conditioning(
         self, state: GenerationState, work: SamplerState, step: int, conditioning: torch.Tensor | None

@@ -20,6 +20,10 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+class VMDUnitLinear(nn.Linear):
+    """A linear layer that keeps unit scale at the start (see `VMDPreTrainedModel._init_weights`)."""
+
+
 class VMDZeroLinear(nn.Linear):
     """A linear layer whose weights start at zero (see `VMDPreTrainedModel._init_weights`)."""
 

@@ -28,11 +28,14 @@ class Corruption:
             `vmd` objective.
         weight: (...) float, factor of the reconstruction term, beside the share of [`scored_tokens`]: `1 / t`, or
             the number of steps.
+        groups: (..., length) int64, 0 for A_k, 1, 2, ... for further parts of M_t that could have been revealed in its
+            place, as likely and as large (the last one may be smaller), -1 elsewhere.
     """
 
     masked: torch.Tensor
     revealed: torch.Tensor
     weight: torch.Tensor
+    groups: torch.Tensor
 
 
 @dataclass
@@ -59,7 +62,7 @@ def corrupt_at_time(maskable: torch.Tensor, times: torch.Tensor, position_noise:
         position_noise: (..., length), uniform in [0, 1).
     """
     masked = maskable & (position_noise < times[..., None])
-    return Corruption(masked=masked, revealed=masked, weight=1 / times)
+    return Corruption(masked=masked, revealed=masked, weight=1 / times, groups=masked.long() - 1)
 
 
 def corrupt_before_step(
@@ -81,13 +84,17 @@ def corrupt_before_step(
     row_steps = step_schedule(num_maskable, torch.tensor(objective_steps, device=times.device)[choice.long()])
     step = choice.frac() * row_steps
     rank = reveal_rank(position_noise, maskable)
+    is_ordered = (step.frac() < left_to_right)[..., None]
     if left_to_right:
-        rank = torch.where((step.frac() < left_to_right)[..., None], maskable.cumsum(-1) - 1, rank)
+        rank = torch.where(is_ordered, maskable.cumsum(-1) - 1, rank)
     step = step.long() + 1
     before = num_revealed(step - 1, num_maskable, row_steps)[..., None]
     after = num_revealed(step, num_maskable, row_steps)[..., None]
     masked = maskable & (rank >= before)
-    return Corruption(masked=masked, revealed=masked & (rank < after), weight=row_steps.to(times.dtype))
+    revealed = masked & (rank < after)
+    groups = torch.div(rank - before, (after - before).clamp(min=1), rounding_mode="floor")
+    groups = groups.where(torch.where(is_ordered, revealed, masked), -1)
+    return Corruption(masked, revealed, weight=row_steps.to(times.dtype), groups=groups)
 
 
 def reveal_rank(position_noise: torch.Tensor, maskable: torch.Tensor) -> torch.Tensor:

@@ -15,11 +15,9 @@ the sampler with a latent per step. Where z does not depend on A_k (or there is 
 expectation over A_k, a share of R(M_t) (see `scored_tokens`). The sum over the batch is divided by its number of
 labelled tokens, or by `num_items_in_batch`.
 
-With a chain (`chain_vmd.py`) there is no KL, and R(M_t) = -log p(x_{M_t} | x_t), the joint probability, is exact.
-Every step is trained by it, times the share of M_t that it reveals: the joint of a part of M_t follows from it, and
-scoring the part alone was worse (RESULTS.md).
-
-With a causal head (`causal_vmd.py`), which has no joint probability but that of the tokens it reads, R(A_k) is exact.
+With a chain (`chain_vmd.py`) or a causal head (`causal_vmd.py`) there is no KL, and R(A_k) = -log p(x_{A_k} | x_t),
+the joint probability, is exact. For a chain its expectation over A_k is estimated by the mean over as many disjoint
+sets of that size as M_t has room for.
 
 The same pieces, corruption aside, make the likelihood bounds (`vmd_hf.nelbo`).
 """
@@ -30,7 +28,7 @@ import torch
 from torch.nn import functional as F
 
 from .blocks_vmd import CleanContext, Layout
-from .chain_vmd import chain_log_probs, state_marginals
+from .chain_vmd import chain_log_probs
 from .checks_vmd import check_keywords, check_labels, check_noise, check_shape
 from .latents_vmd import draw_latents, gaussian_kl, standardised
 from .noise_vmd import (
@@ -242,25 +240,37 @@ def block_cross_entropy(model, hidden_states: torch.Tensor, x_0: torch.Tensor, s
     return blocks.index_add(0, index // x_0.shape[2], losses).view(x_0.shape[:2])
 
 
-def chain_cross_entropy(
-    model, hidden_states: torch.Tensor, batch: CleanBatch, masked: torch.Tensor, scored: torch.Tensor
-) -> torch.Tensor:
-    """-log p(x_A | x_t) of each block, (batch, N) float32, in nats.
+def chain_cross_entropy(model, hidden_states: torch.Tensor, batch: CleanBatch, groups: torch.Tensor) -> torch.Tensor:
+    """Sum of -log p(x_A | x_t) over the sets A of tokens in each block, (batch, N) float32, in nats.
 
     Args:
         hidden_states: (batch, N * width, hidden), of the denoiser.
-        masked, scored: (batch, N, width) bool, M_t and A. Logits are computed for scored tokens only.
+        groups: (batch, N, width) int64, the set that a token belongs to, -1 for none. Logits are computed for tokens
+            of a set only. Documents that are packed into whole sequences have chains of their own.
     """
+    layout, (rows, num_blocks, width) = batch.layout, groups.shape
+    columns = torch.arange(width, device=groups.device)
+    sets = groups if num_blocks > 1 or layout.document is None else groups * width + layout.blocks(layout.document)
+    order = (sets * width + columns).masked_fill(groups < 0, -1).flatten(0, 1).argsort(dim=-1, stable=True)
+    flat = order + torch.arange(rows * num_blocks, device=groups.device)[:, None] * width
+    flat = flat.flatten()
+    index = flat[(groups.flatten() >= 0)[flat].nonzero().squeeze(-1)]
+    block, sets = index // width, sets.flatten()[index]
+    follows = F.pad((block[1:] == block[:-1]) & (sets[1:] == sets[:-1]), (1, 0))
     with torch.autocast(hidden_states.device.type, enabled=False):
-        hidden_states = batch.layout.blocks(hidden_states).flatten(0, 1)
-        transitions = model.chain.transitions(hidden_states, batch.layout.restarts())
-        index = scored.flatten().nonzero().squeeze(-1)
-        states = hidden_states.flatten(0, 1)[index]
-        log_probs = model.chain.emission_log_probs(states, model.compute_logits(states), batch.x_0.flatten()[index])
-        emissions = log_probs.new_zeros(scored.numel(), log_probs.shape[-1]).index_copy(0, index, log_probs)
-        masked, scored = masked.flatten(0, 1), scored.flatten(0, 1)
-        found = chain_log_probs(transitions, emissions.view(*masked.shape, -1), masked, scored)
-    return -found.sum(-1).view(batch.x_0.shape[:2])
+        tokens = batch.x_0.flatten()[index]
+        found = chain_log_probs(
+            model.chain,
+            hidden_states.flatten(0, 1)[index],
+            model.get_input_embeddings()(tokens),
+            tokens,
+            index % width,
+            follows,
+            block,
+            (rows * num_blocks, width),
+            model.compute_logits,
+        )
+    return -found.view(rows, num_blocks)
 
 
 def normaliser(batch: CleanBatch, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
@@ -277,19 +287,13 @@ def cross_entropy_of(
     if model.chain is None:
         hidden_states = given_earlier(model, hidden_states, batch, revealed)
         return block_cross_entropy(model, hidden_states, batch.x_0, revealed)
-    return chain_cross_entropy(model, hidden_states, batch, masked, revealed)
+    return chain_cross_entropy(model, hidden_states, batch, revealed.long() - 1)
 
 
 def marginal_logits(model, hidden_states: torch.Tensor, batch: CleanBatch, masked: torch.Tensor) -> torch.Tensor:
     """Logits of p(x^i | x_t) of each masked token, (tokens, vocabulary) float32, in the order of `masked` (batch, N,
     width); `hidden_states` (batch, N * width, hidden) are those of the denoiser."""
-    hidden_states = batch.layout.blocks(hidden_states)
-    logits = model.compute_logits(hidden_states[masked]).float()
-    if model.chain is None:
-        return logits
-    transitions = model.chain.transitions(hidden_states.flatten(0, 1), batch.layout.restarts())
-    states = state_marginals(transitions, masked.flatten(0, 1)).view(*masked.shape, -1)
-    return model.chain.marginal_log_probs(hidden_states[masked], logits, states[masked])
+    return model.compute_logits(batch.layout.blocks(hidden_states)[masked]).float()
 
 
 def chain_loss(
@@ -299,8 +303,11 @@ def chain_loss(
     check_keywords(kwargs)
     masked, num_revealed = corruption.masked, corruption.revealed.sum(-1)  # (batch, N)
     outputs = denoise(model, batch, masked, num_revealed, **kwargs)
-    share = num_revealed / masked.sum(-1).clamp(min=1)
-    losses = chain_cross_entropy(model, outputs.last_hidden_state, batch, masked, masked)
+    # Sets as large as A_k all teach the same.
+    num_sets = torch.div((corruption.groups >= 0).sum(-1), num_revealed.clamp(min=1), rounding_mode="floor")
+    groups = corruption.groups.where(corruption.groups < num_sets[..., None], -1)
+    losses = chain_cross_entropy(model, outputs.last_hidden_state, batch, groups)
+    share = 1 / num_sets.clamp(min=1)
     num_items = normaliser(batch, num_items_in_batch)
     loss = (corruption.weight * share * losses).sum() / num_items
     return Loss(loss, loss.detach(), loss.new_zeros(()), None, None, outputs, batch.layout)
@@ -340,7 +347,7 @@ def variational_loss(
     sees_revealed = has_latent & (config.objective == "per_step" and config.gaussian_size > 0)
     if model.causal_head is not None:
         sees_revealed = num_revealed > 1  # a single token has none before it
-    scored, share = scored_tokens(masked, revealed, sees_revealed)
+    scored, share = scored_tokens(corruption.groups >= 0, revealed, sees_revealed)
 
     with_loops = config.loop_loss and model.training
     if with_loops:

@@ -93,7 +93,7 @@ def confidence_of(logits: torch.Tensor, tokens: torch.Tensor, rule: str) -> torc
     """How confident the model is of each prediction: (...) float32.
 
     Args:
-        logits: (..., vocabulary), of the distribution of each token, or of its marginal.
+        logits: (..., vocabulary), of the distribution of each token.
         tokens: (...), the predicted tokens.
         rule: `"top_prob"`, `"top_prob_margin"` or `"entropy"`.
     """
@@ -162,7 +162,8 @@ class Candidates:
         columns: (batch, k) int64: where these positions are in the sequences, `history[-1][rows, columns]`.
         masked: (batch, k) bool; `False` where a row has fewer masked positions: what the rule says there is ignored.
         logits: (batch, k, vocabulary) float32, before temperature, top-k and top-p.
-        tokens: (batch, k) int64, the tokens that were drawn (or the most probable ones).
+        tokens: (batch, k) int64, the tokens that were drawn (or the most probable ones, which those of a model with a
+            chain or a causal head always are: its tokens are drawn where positions are chosen already).
         history: The sequences (batch, length), masks included, before the first step and after each one so far.
     """
 
@@ -252,8 +253,8 @@ class Sampler:
     """One step, `logits, state, step -> tokens, revealed, confidence`: draws tokens, asks the remasking rule for their
     confidence, and selects as many of the most confident ones as the schedule (or the threshold) says.
 
-    Tokens are drawn independently of one another from the logits that are given. These may be conditioned on a latent
-    that was drawn (the states of a chain); then confidence is about `marginals`, in which it is summed out.
+    Tokens are drawn independently of one another from the logits that are given, unless the call says how those that
+    are revealed together are drawn.
 
     Args:
         config: Settings of `generate`.
@@ -268,30 +269,32 @@ class Sampler:
         self.rule = rule
         self.generator = generator
 
-    def needs_confidence(self) -> bool:
-        """Whether anything depends on probabilities of tokens beside the draw."""
-        asked = self.config.output_confidences or self.config.corrector == "confidence"
-        return asked or self.rule is not None or self.config.remasking not in ("random", "left_to_right")
-
     def __call__(
-        self, logits: torch.Tensor, state: SamplerState, step: int, marginals: torch.Tensor | None = None
+        self,
+        logits: torch.Tensor,
+        state: SamplerState,
+        step: int,
+        draw_together: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> SamplerStep:
         """
         Args:
-            logits: (batch, k, vocabulary) float32 at `state.columns`.
+            logits: (batch, k, vocabulary) float32 at `state.columns`, of p(x^i | x_t).
             step: From 1.
-            marginals: The same of p(x^i | x_t), if it is another distribution.
+            draw_together: Given tokens that were drawn one by one and which of them are revealed, each (batch, k), the
+                tokens of their joint distribution (batch, k), of which the leftmost may stay. Positions are then
+                chosen before tokens: confidence is that of the most probable ones.
         """
         tokens = self.draw_tokens(logits, state)
-        logits = logits if marginals is None else marginals
-        confidence = self.confidence(logits, tokens, state)
-        probability = None
-        if self.config.corrector == "confidence" or self.config.output_confidences:
-            known = self.rule is None and self.config.remasking == "top_prob"
-            probability = confidence if known else confidence_of(logits, tokens, "top_prob")
-        confidence = confidence.masked_fill(~state.candidates, -torch.inf)
+        chosen = tokens if draw_together is None else logits.argmax(-1)
+        confidence = self.confidence(logits, chosen, state).masked_fill(~state.candidates, -torch.inf)
         count, remasked = self.num_to_reveal(confidence, state, step)
         revealed = select_positions(confidence, state.candidates, count)
+        if draw_together is not None:
+            tokens = draw_together(tokens, revealed)
+        probability = None
+        if self.config.corrector == "confidence" or self.config.output_confidences:
+            known = draw_together is None and self.rule is None and self.config.remasking == "top_prob"
+            probability = confidence if known else confidence_of(logits, tokens, "top_prob")
         return SamplerStep(tokens, revealed, confidence, probability, remasked)
 
     def draw_tokens(self, logits: torch.Tensor, state: SamplerState) -> torch.Tensor:

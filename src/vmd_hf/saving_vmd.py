@@ -17,11 +17,10 @@ from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from .causal_vmd import VMDUnitLinear
 from .chain_vmd import VMDChainTables
 from .configuration_vmd import REMOVED_FIELDS, VMDConfig
 from .latents_vmd import VMDLatentEncoder, VMDPosteriorLinear
-from .layers_vmd import VMDAttention, VMDGroupBias, VMDLayer, VMDZeroLinear
+from .layers_vmd import VMDAttention, VMDGroupBias, VMDLayer, VMDUnitLinear, VMDZeroLinear
 
 # Arguments of from_pretrained that say where files are.
 _WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -147,7 +146,7 @@ class VMDPreTrainedModel(PreTrainedModel):
             # Emissions differ little between states: training starts near the model without a chain. What breaks the
             # symmetry soon is that states depend much on one another (with a deviation of 0.5 little is learned for
             # hundreds of updates), and large state vectors.
-            init.zeros_(module.start)
+            init.zeros_(module.gaps)
             init.normal_(module.table, std=2.0)
             init.normal_(module.kernels, std=0.05)
             init.normal_(module.state_vectors, std=1.0)

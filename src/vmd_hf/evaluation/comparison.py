@@ -94,17 +94,17 @@ def first_row_that_begins_as(rows: Rows, row: str, number: int) -> str:
 
 
 def train_stage(arguments: tuple[ModelArguments, DataArguments, TrainingArguments], path: Path) -> dict[str, Any]:
-    """Trains, unless that is done; returns how long it takes (whatever part was done before a stop) and how fast it
-    is beside a matrix product in the same type."""
+    """Trains, unless that is done; returns how long it takes (whatever part was done before a stop), also in CPU time,
+    which other work on the machine changes less, and how fast it is beside a matrix product in the same type."""
     if path.exists():
         return json.loads(path.read_text())
     _, _, training_args = arguments
     training_args.resume_from_checkpoint = "true"
     checkpoint = last_whole_checkpoint(training_args.output_dir)
     first = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
-    start = time.perf_counter()
+    start, start_of_process = time.perf_counter(), time.process_time()
     trainer = train(*arguments)
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_of_process
     for record in trainer.state.log_history:  # without setting up
         seconds = record.get("train_runtime", seconds)
     updates = trainer.state.global_step
@@ -114,6 +114,7 @@ def train_stage(arguments: tuple[ModelArguments, DataArguments, TrainingArgument
     result = {
         "updates": updates,
         "seconds": updates * per_update,
+        "cpu_seconds": updates / max(updates - first, 1) * cpu_seconds,
         "tokens_per_second": math.prod(shape) / per_update,
         "share_of_matmul_peak": flops_of_update(trainer.model, shape) / per_update / peak,
     }
