@@ -87,7 +87,7 @@ class VMDChain(nn.Module):
             hidden_states: (tokens, hidden), of the denoiser.
             gaps: (tokens,) int64, the distance to the token before.
         """
-        dtype = input_dtype(self.token_proj)
+        dtype = input_dtype(self.hidden_proj)
         hidden_states = hidden_states.to(dtype)
         of_gap = self.tables()[0][gaps.clamp(max=NUM_GAPS) - 1].to(dtype)
         features = self.token_proj(self.token_norm(embeddings.to(dtype))) + self.hidden_proj(hidden_states) + of_gap

@@ -342,7 +342,7 @@ class VMDGenerationMixin:
             logits = self._predict(state, work, hidden_states, work.columns)
             draw_together = None
             if self.chain is not None or self.causal_head is not None:
-                most_revealed = None if wait or config.corrector is not None else host_most_revealed[step - 1]
+                most_revealed = None if wait else most if config.corrector else host_most_revealed[step - 1]
                 draw_together = partial(self._draw_in_turn, state, index, work, hidden_states, most_revealed)
             step_done = state.sampler(logits, work, step, draw_together)
             work.reveal(step_done, self.config.mask_token_id)
@@ -424,8 +424,8 @@ class VMDGenerationMixin:
         revealed: torch.Tensor,
     ) -> torch.Tensor:
         """By a chain or a causal head: tokens (batch, k) int64 of which the revealed ones are drawn from left to
-        right, each given those before it; the first of them stays. `most_revealed`: how many there are in a row at
-        most; `None`: the device has to be asked."""
+        right, each given those before it; the first of them stays. `most_revealed`: how many a row can have;
+        `None`: the device is asked."""
         order = revealed.long().argsort(dim=-1, descending=True, stable=True)
         columns, count = work.columns.gather(-1, order), revealed.sum(-1, keepdim=True)
         hidden_states = hidden_states.gather(1, columns[..., None].expand(-1, -1, hidden_states.shape[-1]))
