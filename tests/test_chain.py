@@ -8,7 +8,7 @@ import torch
 from helpers import digits, of_the_same_weights, padded, randomise, tiny_config, tiny_model, uniform
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion, nelbo
-from vmd_hf.chain_vmd import log_product
+from vmd_hf.chain_vmd import NUM_TOKENS, log_product
 from vmd_hf.objective_vmd import chain_cross_entropy, cross_entropy_of, denoise, marginal_logits, read_clean
 
 SHAPES = pytest.mark.parametrize("block_size", [None, 3])
@@ -36,13 +36,15 @@ def joint_by_enumeration(model, hidden_states, row, columns):
     num_states, one = chain.num_states, torch.tensor
     factors = [model.compute_logits(hidden_states[columns[0]]).softmax(-1)[row[columns[0]]].expand(num_states)]
     kernels = []
-    for before, column in itertools.pairwise(columns):
+    for place, (before, column) in enumerate(itertools.pairwise(columns), start=1):
         scores, weights = chain.remember(embeddings[[before]], hidden_states[[before]])
         if before == columns[0]:
             kernels.append(scores.softmax(-1).expand(num_states, -1))
         else:
             kernels.append(chain.transitions(scores, weights)[0])
-        changed, tilts = chain.read(embeddings[[before]], hidden_states[[column]], one([column - before]))
+        nearest = [columns[max(place - 1 - number, 0)] for number in range(NUM_TOKENS)]
+        arguments = one([place]), hidden_states[[column]], one([column - before])
+        changed, tilts = chain.read(embeddings[nearest][None], *arguments)
         logits = model.compute_logits(changed)
         of_states = [chain.token_log_probs(tilts, logits, one([state]))[0, row[column]] for state in range(num_states)]
         factors.append(torch.stack(of_states).exp())
@@ -74,7 +76,7 @@ def test_probabilities_of_all_sequences_sum_to_one(block_size, candidates, given
 @CANDIDATES
 @pytest.mark.parametrize(
     ("masked", "revealed"),
-    [([0, 1, 2, 3], [0, 1, 2, 3]), ([0, 2, 3, 4, 5], [2, 4, 5]), ([1, 2, 4, 5], [1, 5]), ([1, 2], [2])],
+    [([0, 1, 2, 3, 4], [0, 1, 2, 3, 4]), ([0, 2, 3, 4, 5], [2, 4, 5]), ([1, 2, 4, 5], [1, 5]), ([1, 2], [2])],
 )
 def test_the_probability_of_a_step_is_a_sum_over_paths(candidates, masked, revealed):
     model, row = (

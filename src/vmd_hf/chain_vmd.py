@@ -9,7 +9,7 @@ This is a hidden Markov model whose states are pairs of a token and one of its K
 only ("cloned HMM", arXiv 1905.00507), and whose probabilities depend on what the denoiser saw. All factors are read
 off the hidden states h of one pass of the denoiser, and embeddings v of the tokens:
 
-    f_j = gelu(X v_{j-1} + H h_j + G_gap)                 what the token before means here
+    f_j = gelu(X [v_{j-1}, v_{j-2}, v_{j-3}] + H h_j + G_gap)     what the tokens before mean here
     h'_j = h_j + O f_j                                    O = 0 at the start; the denoiser's own logits a_j of h'_j
     p(x | x_{j-1}, c, x_t)  prop. to  exp(a_jx + sum_r U_cr (P f_j)_r V_xr),     sum_c U_cr = 0
     pi(c)                   prop. to  exp(q_c(h_1, v_1))
@@ -37,6 +37,7 @@ from .layers_vmd import VMDUnitLinear, VMDZeroLinear
 
 NUM_KERNELS = 8
 NUM_GAPS = 8
+NUM_TOKENS = 3  # that are read as they are; of those before these, only the states know
 _SMALLEST = 1e-30  # of a probability: keeps logarithms finite
 
 
@@ -69,7 +70,7 @@ class VMDChain(nn.Module):
         self.num_states = config.latent_size
         self.num_candidates = config.candidate_tokens
         self.token_norm = nn.LayerNorm(size, eps=config.norm_eps, bias=False)  # v
-        self.token_proj = VMDUnitLinear(size, size, bias=False)  # X
+        self.token_proj = VMDUnitLinear(NUM_TOKENS * size, size, bias=False)  # X
         self.hidden_proj = VMDUnitLinear(size, size)  # H
         self.out_proj = VMDZeroLinear(size, size, bias=False)  # O
         self.tilt_proj = VMDUnitLinear(size, rank, bias=False)  # P
@@ -78,19 +79,22 @@ class VMDChain(nn.Module):
         self.tables = VMDChainTables(config)
 
     def read(
-        self, embeddings: torch.Tensor, hidden_states: torch.Tensor, gaps: torch.Tensor
+        self, embeddings: torch.Tensor, num_before: torch.Tensor, hidden_states: torch.Tensor, gaps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states h' (tokens, hidden) of tokens given the one before each, and P f, (tokens, rank).
 
         Args:
-            embeddings: (tokens, hidden), of the tokens before.
+            embeddings: (tokens, NUM_TOKENS, hidden), of the tokens before, the nearest first.
+            num_before: (tokens,) int64, how many of these there are.
             hidden_states: (tokens, hidden), of the denoiser.
             gaps: (tokens,) int64, the distance to the token before.
         """
         dtype = input_dtype(self.hidden_proj)
         hidden_states = hidden_states.to(dtype)
         of_gap = self.tables()[0][gaps.clamp(max=NUM_GAPS) - 1].to(dtype)
-        features = self.token_proj(self.token_norm(embeddings.to(dtype))) + self.hidden_proj(hidden_states) + of_gap
+        there = torch.arange(NUM_TOKENS, device=num_before.device) < num_before[:, None]
+        embeddings = self.token_norm(embeddings.to(dtype)) * there[..., None]
+        features = self.token_proj(embeddings.flatten(1)) + self.hidden_proj(hidden_states) + of_gap
         features = nn.functional.gelu(features)
         return hidden_states + self.out_proj(features), self.tilt_proj(features).float()
 
@@ -194,7 +198,11 @@ def chain_log_probs(
     num_groups, size = shape[0], chain.num_states
     later, first = follows.nonzero().squeeze(-1), (~follows).nonzero().squeeze(-1)
     before = later - 1
-    changed, tilts = chain.read(embeddings[before], hidden_states[later], columns[later] - columns[before])
+    every = torch.arange(len(tokens), device=tokens.device)
+    num_before = (every - every.masked_fill(follows, 0).cummax(0).values)[later]
+    nearest = (later[:, None] - 1 - torch.arange(NUM_TOKENS, device=tokens.device)).clamp(min=0)
+    gaps = columns[later] - columns[before]
+    changed, tilts = chain.read(embeddings[nearest], num_before, hidden_states[later], gaps)
     logits = compute_logits(hidden_states.index_copy(0, later, changed.to(hidden_states.dtype))).float()
     alone = -nn.functional.cross_entropy(logits[first], tokens[first], reduction="none")
     emissions = chain.emission_log_probs(tilts, logits[later], tokens[later])  # (later, K)

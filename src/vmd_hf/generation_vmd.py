@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from .blocks_vmd import CleanContext, Layout
 from .canvas_vmd import Canvas, ContextReader, EndOfText, PrefixStreamer, Rounds, check_length, prepare_canvas
+from .chain_vmd import NUM_TOKENS
 from .generation_configuration_vmd import VMDGenerationConfig
 from .sampling_vmd import (
     Generators,
@@ -429,7 +430,7 @@ class VMDGenerationMixin:
         order = revealed.long().argsort(dim=-1, descending=True, stable=True)
         columns, count = work.columns.gather(-1, order), revealed.sum(-1, keepdim=True)
         hidden_states = hidden_states.gather(1, columns[..., None].expand(-1, -1, hidden_states.shape[-1]))
-        drawn, memory = tokens.gather(-1, order), None
+        drawn, memory, seen = tokens.gather(-1, order), None, []
         for place in range(1, int(count.max()) if most_revealed is None else most_revealed):
             embeddings = self.get_input_embeddings()(drawn[:, place - 1])
             before, after = hidden_states[:, place - 1], hidden_states[:, place]
@@ -440,7 +441,8 @@ class VMDGenerationMixin:
             else:
                 memory = self._draw_state(state, index, of_place, columns[:, place - 1], embeddings, before, memory)
                 gaps = (columns[:, place] - columns[:, place - 1]).clamp(min=1)
-                changed, tilts = self.chain.read(embeddings, after, gaps)
+                seen = [embeddings, *seen, *[embeddings] * NUM_TOKENS][:NUM_TOKENS]
+                changed, tilts = self.chain.read(torch.stack(seen, 1), torch.full_like(gaps, place), after, gaps)
                 logits = self.compute_logits(changed)[:, None].float()
                 logits = self._process(state, of_place.candidates, logits)[:, 0]
                 logits = self.chain.token_log_probs(tilts, logits, memory)[:, None]
