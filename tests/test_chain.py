@@ -43,7 +43,7 @@ def joint_by_enumeration(model, hidden_states, row, columns):
         else:
             kernels.append(chain.transitions(scores, weights)[0])
         nearest = [columns[max(place - 1 - number, 0)] for number in range(NUM_TOKENS)]
-        arguments = one([place]), hidden_states[[column]], one([column - before])
+        arguments = one([place]), hidden_states[[before]], hidden_states[[column]], one([column - before])
         changed, tilts = chain.read(embeddings[nearest][None], *arguments)
         logits = model.compute_logits(changed)
         of_states = [chain.token_log_probs(tilts, logits, one([state]))[0, row[column]] for state in range(num_states)]

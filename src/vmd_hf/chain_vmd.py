@@ -9,7 +9,7 @@ This is a hidden Markov model whose states are pairs of a token and one of its K
 only ("cloned HMM", arXiv 1905.00507), and whose probabilities depend on what the denoiser saw. All factors are read
 off the hidden states h of one pass of the denoiser, and embeddings v of the tokens:
 
-    f_j = gelu(X [v_{j-1}, v_{j-2}, v_{j-3}] + H h_j + G_gap)     what the tokens before mean here
+    f_j = gelu(X [v_{j-1}, v_{j-2}, v_{j-3}] + H [h_j, h_{j-1}] + G_gap)     what the tokens before mean here
     h'_j = h_j + O f_j                                    O = 0 at the start; the denoiser's own logits a_j of h'_j
     p(x | x_{j-1}, c, x_t)  prop. to  exp(a_jx + sum_r U_cr (P f_j)_r V_xr),     sum_c U_cr = 0
     pi(c)                   prop. to  exp(q_c(h_1, v_1))
@@ -71,7 +71,7 @@ class VMDChain(nn.Module):
         self.num_candidates = config.candidate_tokens
         self.token_norm = nn.LayerNorm(size, eps=config.norm_eps, bias=False)  # v
         self.token_proj = VMDUnitLinear(NUM_TOKENS * size, size, bias=False)  # X
-        self.hidden_proj = VMDUnitLinear(size, size)  # H
+        self.hidden_proj = VMDUnitLinear(2 * size, size)  # H
         self.out_proj = VMDZeroLinear(size, size, bias=False)  # O
         self.tilt_proj = VMDUnitLinear(size, rank, bias=False)  # P
         self.state_proj = VMDUnitLinear(2 * size, self.num_states)  # q
@@ -79,14 +79,19 @@ class VMDChain(nn.Module):
         self.tables = VMDChainTables(config)
 
     def read(
-        self, embeddings: torch.Tensor, num_before: torch.Tensor, hidden_states: torch.Tensor, gaps: torch.Tensor
+        self,
+        embeddings: torch.Tensor,
+        num_before: torch.Tensor,
+        before: torch.Tensor,
+        hidden_states: torch.Tensor,
+        gaps: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states h' (tokens, hidden) of tokens given the one before each, and P f, (tokens, rank).
 
         Args:
             embeddings: (tokens, NUM_TOKENS, hidden), of the tokens before, the nearest first.
             num_before: (tokens,) int64, how many of these there are.
-            hidden_states: (tokens, hidden), of the denoiser.
+            before, hidden_states: (tokens, hidden), of the denoiser where the token before stands, and here.
             gaps: (tokens,) int64, the distance to the token before.
         """
         dtype = input_dtype(self.hidden_proj)
@@ -94,8 +99,8 @@ class VMDChain(nn.Module):
         of_gap = self.tables()[0][gaps.clamp(max=NUM_GAPS) - 1].to(dtype)
         there = torch.arange(NUM_TOKENS, device=num_before.device) < num_before[:, None]
         embeddings = self.token_norm(embeddings.to(dtype)) * there[..., None]
-        features = self.token_proj(embeddings.flatten(1)) + self.hidden_proj(hidden_states) + of_gap
-        features = nn.functional.gelu(features)
+        around = torch.cat([hidden_states, before.to(dtype)], dim=-1)
+        features = nn.functional.gelu(self.token_proj(embeddings.flatten(1)) + self.hidden_proj(around) + of_gap)
         return hidden_states + self.out_proj(features), self.tilt_proj(features).float()
 
     def remember(self, embeddings: torch.Tensor, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,7 +207,7 @@ def chain_log_probs(
     num_before = (every - every.masked_fill(follows, 0).cummax(0).values)[later]
     nearest = (later[:, None] - 1 - torch.arange(NUM_TOKENS, device=tokens.device)).clamp(min=0)
     gaps = columns[later] - columns[before]
-    changed, tilts = chain.read(embeddings[nearest], num_before, hidden_states[later], gaps)
+    changed, tilts = chain.read(embeddings[nearest], num_before, hidden_states[before], hidden_states[later], gaps)
     logits = compute_logits(hidden_states.index_copy(0, later, changed.to(hidden_states.dtype))).float()
     alone = -nn.functional.cross_entropy(logits[first], tokens[first], reduction="none")
     emissions = chain.emission_log_probs(tilts, logits[later], tokens[later])  # (later, K)

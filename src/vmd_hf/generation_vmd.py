@@ -442,7 +442,7 @@ class VMDGenerationMixin:
                 memory = self._draw_state(state, index, of_place, columns[:, place - 1], embeddings, before, memory)
                 gaps = (columns[:, place] - columns[:, place - 1]).clamp(min=1)
                 seen = [embeddings, *seen, *[embeddings] * NUM_TOKENS][:NUM_TOKENS]
-                changed, tilts = self.chain.read(torch.stack(seen, 1), torch.full_like(gaps, place), after, gaps)
+                changed, tilts = self.chain.read(torch.stack(seen, 1), torch.full_like(gaps, place), before, after, gaps)
                 logits = self.compute_logits(changed)[:, None].float()
                 logits = self._process(state, of_place.candidates, logits)[:, 0]
                 logits = self.chain.token_log_probs(tilts, logits, memory)[:, None]
