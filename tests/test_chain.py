@@ -32,19 +32,19 @@ def hidden_states_of(model, input_ids, masked):
 
 def joint_by_enumeration(model, hidden_states, row, columns):
     """p(tokens at these columns | x_t) as a sum over all paths of states, written down from the formulas."""
-    chain, embeddings = model.chain, model.get_input_embeddings()(row)
+    chain, known = model.chain, model.chain.known(model.get_input_embeddings()(row))
     num_states, one = chain.num_states, torch.tensor
     factors = [model.compute_logits(hidden_states[columns[0]]).softmax(-1)[row[columns[0]]].expand(num_states)]
     kernels = []
     for place, (before, column) in enumerate(itertools.pairwise(columns), start=1):
-        scores, weights = chain.remember(embeddings[[before]], hidden_states[[before]])
+        scores, weights = chain.remember(known[[before]], hidden_states[[before]])
         if before == columns[0]:
             kernels.append(scores.softmax(-1).expand(num_states, -1))
         else:
             kernels.append(chain.transitions(scores, weights)[0])
         nearest = [columns[max(place - 1 - number, 0)] for number in range(NUM_TOKENS)]
         arguments = one([place]), hidden_states[[before]], hidden_states[[column]], one([column - before])
-        changed, tilts = chain.read(embeddings[nearest][None], *arguments)
+        changed, tilts = chain.read(known[nearest][None], *arguments)
         logits = model.compute_logits(changed)
         of_states = [chain.token_log_probs(tilts, logits, one([state]))[0, row[column]] for state in range(num_states)]
         factors.append(torch.stack(of_states).exp())

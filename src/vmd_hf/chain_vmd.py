@@ -3,21 +3,22 @@
 The tokens x_1, ..., x_m that a step reveals, from left to right, are drawn with states c_1, ..., c_m in {1..K} between
 them, the memory of what was drawn so far:
 
-    p(x_A, c | x_t) = p(x_1 | x_t) pi(c_1) prod_{j > 1} p(x_j | x_{j-1}, c_{j-1}, x_t) T_j(c_{j-1} -> c_j)
+    p(x_A, c | x_t) = p(x_1 | x_t) pi(c_1) prod_{j > 1} p(x_j | x_{j-1}, ..., c_{j-1}, x_t) T_j(c_{j-1} -> c_j)
 
-This is a hidden Markov model whose states are pairs of a token and one of its K clones, so that each emits one token
-only ("cloned HMM", arXiv 1905.00507), and whose probabilities depend on what the denoiser saw. All factors are read
-off the hidden states h of one pass of the denoiser, and embeddings v of the tokens:
+Were the last token all that is read, this would be a hidden Markov model whose states are pairs of a token and one of
+its K clones, so that each emits one token only ("cloned HMM", arXiv 1905.00507), with probabilities that depend on
+what the denoiser saw. Here the last `NUM_TOKENS` are, which costs nothing: they are observed. All factors are read off
+the hidden states h of one pass of the denoiser, and embeddings v of the tokens:
 
-    f_j = gelu(X [v_{j-1}, v_{j-2}, v_{j-3}] + H [h_j, h_{j-1}] + G_gap)     what the tokens before mean here
-    h'_j = h_j + O f_j                                    O = 0 at the start; the denoiser's own logits a_j of h'_j
-    p(x | x_{j-1}, c, x_t)  prop. to  exp(a_jx + sum_r U_cr (P f_j)_r V_xr),     sum_c U_cr = 0
-    pi(c)                   prop. to  exp(q_c(h_1, v_1))
-    T_j(c -> c')            prop. to  exp(E[c, c'] + q_{c'}(h_j, v_j) + sum_m g_m(h_j, v_j) W_m[c, c'])
+    f_j = gelu(X [v_{j-1}, v_{j-2}, v_{j-3}] + H [h_j, h_{j-1}] + G_gap)    what the tokens before mean here
+    h'_j = h_j + O f_j                                                      O = 0 at the start
+    p(x | x_{j-1}, ..., c, x_t)  prop. to  exp(a_x(h'_j) + sum_r U_cr (P f_j)_r V_xr),    sum_c U_cr = 0
+    pi(c)                        prop. to  exp(q_c(h_1, v_1))
+    T_j(c -> c')                 prop. to  exp(E[c, c'] + q_{c'}(h_j, v_j) + sum_m g_m(h_j, v_j) W_m[c, c'])
 
-where the gap is the distance to the token before, up to `NUM_GAPS`. Of a large vocabulary, only the most probable
-tokens at a position have the sum in the exponent, and all others 0. The probabilities of all tokens still sum to 1,
-and the cost does not depend on the size of the vocabulary.
+where a are the denoiser's logits, and the gap is the distance to the token before, up to `NUM_GAPS`. Of a large
+vocabulary, only the most probable tokens at a position have the sum in the exponent, and all others 0. The
+probabilities of all tokens still sum to 1, and the cost does not depend on the size of the vocabulary.
 
 The sum over all paths of states is a product of K x K matrices, taken in pairs, so that the likelihood is exact and
 takes log2(m) rounds: there is no posterior to learn, no KL term and nothing to collapse. A step that reveals one token
@@ -78,35 +79,37 @@ class VMDChain(nn.Module):
         self.kernel_proj = VMDUnitLinear(2 * size, NUM_KERNELS)  # g
         self.tables = VMDChainTables(config)
 
+    def known(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """v of tokens, of any shape that ends in hidden."""
+        return self.token_norm(embeddings.to(input_dtype(self.hidden_proj)))
+
     def read(
         self,
-        embeddings: torch.Tensor,
-        num_before: torch.Tensor,
+        known: torch.Tensor,
+        num_known: torch.Tensor,
         before: torch.Tensor,
         hidden_states: torch.Tensor,
         gaps: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states h' (tokens, hidden) of tokens given the one before each, and P f, (tokens, rank).
+        """Hidden states h' (tokens, hidden) of tokens given those before each, and P f, (tokens, rank).
 
         Args:
-            embeddings: (tokens, NUM_TOKENS, hidden), of the tokens before, the nearest first.
-            num_before: (tokens,) int64, how many of these there are.
+            known: (tokens, NUM_TOKENS, hidden), v of the tokens before, the nearest first.
+            num_known: (tokens,) int64, how many of these there are.
             before, hidden_states: (tokens, hidden), of the denoiser where the token before stands, and here.
             gaps: (tokens,) int64, the distance to the token before.
         """
-        dtype = input_dtype(self.hidden_proj)
-        hidden_states = hidden_states.to(dtype)
-        of_gap = self.tables()[0][gaps.clamp(max=NUM_GAPS) - 1].to(dtype)
-        there = torch.arange(NUM_TOKENS, device=num_before.device) < num_before[:, None]
-        embeddings = self.token_norm(embeddings.to(dtype)) * there[..., None]
-        around = torch.cat([hidden_states, before.to(dtype)], dim=-1)
-        features = nn.functional.gelu(self.token_proj(embeddings.flatten(1)) + self.hidden_proj(around) + of_gap)
+        there = torch.arange(NUM_TOKENS, device=num_known.device) < num_known[:, None]
+        hidden_states, before = hidden_states.to(known.dtype), before.to(known.dtype)
+        of_gap = self.tables()[0][gaps.clamp(max=NUM_GAPS) - 1].to(known.dtype)
+        of_tokens = self.token_proj((known * there[..., None]).flatten(1))
+        features = of_tokens + self.hidden_proj(torch.cat([hidden_states, before], dim=-1)) + of_gap
+        features = nn.functional.gelu(features)
         return hidden_states + self.out_proj(features), self.tilt_proj(features).float()
 
-    def remember(self, embeddings: torch.Tensor, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """q (tokens, K), and 1 and g (tokens, 1 + NUM_KERNELS), of tokens and hidden states, each (tokens, hidden)."""
-        dtype = input_dtype(self.state_proj)
-        inputs = torch.cat([hidden_states.to(dtype), self.token_norm(embeddings.to(dtype))], dim=-1)
+    def remember(self, known: torch.Tensor, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """q (tokens, K), and 1 and g (tokens, 1 + NUM_KERNELS), of v and hidden states of tokens, (tokens, hidden)."""
+        inputs = torch.cat([hidden_states.to(known.dtype), known], dim=-1)
         weights = nn.functional.pad(self.kernel_proj(inputs).float(), (1, 0), value=1.0)
         return self.state_proj(inputs).float(), weights
 
@@ -204,10 +207,11 @@ def chain_log_probs(
     later, first = follows.nonzero().squeeze(-1), (~follows).nonzero().squeeze(-1)
     before = later - 1
     every = torch.arange(len(tokens), device=tokens.device)
-    num_before = (every - every.masked_fill(follows, 0).cummax(0).values)[later]
+    num_known = (every - every.masked_fill(follows, 0).cummax(0).values)[later]
     nearest = (later[:, None] - 1 - torch.arange(NUM_TOKENS, device=tokens.device)).clamp(min=0)
     gaps = columns[later] - columns[before]
-    changed, tilts = chain.read(embeddings[nearest], num_before, hidden_states[before], hidden_states[later], gaps)
+    known = chain.known(embeddings)
+    changed, tilts = chain.read(known[nearest], num_known, hidden_states[before], hidden_states[later], gaps)
     logits = compute_logits(hidden_states.index_copy(0, later, changed.to(hidden_states.dtype))).float()
     alone = -nn.functional.cross_entropy(logits[first], tokens[first], reduction="none")
     emissions = chain.emission_log_probs(tilts, logits[later], tokens[later])  # (later, K)
@@ -216,7 +220,7 @@ def chain_log_probs(
 
     # For every later token, a matrix: from the states before those of the token before it to these, times the token's
     # own probability given these. Where the token before is a chain's first one, all rows are alike.
-    scores, weights = chain.remember(embeddings[before], hidden_states[before])
+    scores, weights = chain.remember(known[before], hidden_states[before])
     inside = follows[before].nonzero().squeeze(-1)
     matrices = scores.softmax(-1)[:, None].expand(-1, size, -1)
     matrices = matrices.index_copy(0, inside, chain.transitions(scores[inside], weights[inside]))

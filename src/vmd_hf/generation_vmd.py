@@ -439,10 +439,13 @@ class VMDGenerationMixin:
                 changed, memory = self.causal_head.read(embeddings[:, None], before[:, None], after[:, None], memory)
                 logits = self._process(state, of_place.candidates, self.compute_logits(changed).float())
             else:
-                memory = self._draw_state(state, index, of_place, columns[:, place - 1], embeddings, before, memory)
+                known = self.chain.known(embeddings)
+                memory = self._draw_state(state, index, of_place, columns[:, place - 1], known, before, memory)
                 gaps = (columns[:, place] - columns[:, place - 1]).clamp(min=1)
-                seen = [embeddings, *seen, *[embeddings] * NUM_TOKENS][:NUM_TOKENS]
-                changed, tilts = self.chain.read(torch.stack(seen, 1), torch.full_like(gaps, place), before, after, gaps)
+                seen = [known, *seen, *[known] * NUM_TOKENS][:NUM_TOKENS]
+                changed, tilts = self.chain.read(
+                    torch.stack(seen, 1), torch.full_like(gaps, place), before, after, gaps
+                )
                 logits = self.compute_logits(changed)[:, None].float()
                 logits = self._process(state, of_place.candidates, logits)[:, 0]
                 logits = self.chain.token_log_probs(tilts, logits, memory)[:, None]
@@ -455,7 +458,7 @@ class VMDGenerationMixin:
         index: int,
         work: SamplerState,
         columns: torch.Tensor,
-        embeddings: torch.Tensor,
+        known: torch.Tensor,
         hidden_states: torch.Tensor,
         before: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -464,7 +467,7 @@ class VMDGenerationMixin:
         noted, columns = state.latents[:, index], columns[:, None]
         if state.given_latents:
             return noted.gather(-1, columns)[:, 0]
-        scores, weights = self.chain.remember(embeddings, hidden_states)
+        scores, weights = self.chain.remember(known, hidden_states)
         probabilities = scores.softmax(-1) if before is None else self.chain.following(scores, weights, before)
         if state.config.latent_scale:
             noise = draw_for(work.candidates, exponential, probabilities.shape[-1:], state.sampler.generator)
