@@ -47,7 +47,7 @@ ROWS: Rows = {
             "max_steps": 2650,
         }
     ],
-    "chain": [{**FEW_STEPS, "latent_type": "chain", "latent_size": 32, "conditioning_size": 64, "max_steps": 2350}],
+    "chain": [{**FEW_STEPS, "latent_type": "chain", "latent_size": 16, "conditioning_size": 64, "max_steps": 2950}],
     "causal": [{**FEW_STEPS, "causal_head_size": 128, "max_steps": 2900}],
 }
 

@@ -38,7 +38,7 @@ VARIANTS = {
     "vmd": {"objective": "vmd"},
     "per_sample": {"objective": "per_sample"},
     "per_step": {"objective": "per_step"},
-    "chain": {"objective": "per_step", "latent_type": "chain", "latent_size": 64},
+    "chain": {"objective": "per_step", "latent_type": "chain", "latent_size": 16},
 }
 SAMPLED = ("mdm", "chain")  # whose distribution is that of tokens that are drawn
 

@@ -24,7 +24,7 @@ The sum over all paths of states is a product of K x K matrices, taken in pairs,
 takes log2(m) rounds: there is no posterior to learn, no KL term and nothing to collapse. A step that reveals one token
 is the model's own without a latent, and so is what a position says of itself (its confidence).
 
-Everything is computed in float32.
+Probabilities are computed in float32, whatever the type of the layers.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ class VMDChainTables(nn.Module):
     def __init__(self, config: VMDConfig):
         super().__init__()
         num_states, rank = config.latent_size, config.conditioning_size
-        self.gaps = nn.Parameter(torch.empty(NUM_GAPS, config.hidden_size))  # G
+        self.gaps = nn.Parameter(torch.empty(NUM_GAPS, 2 * config.hidden_size))  # G
         self.table = nn.Parameter(torch.empty(num_states, num_states))  # E
         self.kernels = nn.Parameter(torch.empty(NUM_KERNELS, num_states, num_states))  # W
         self.state_vectors = nn.Parameter(torch.empty(num_states, rank))  # U
@@ -71,10 +71,10 @@ class VMDChain(nn.Module):
         self.num_states = config.latent_size
         self.num_candidates = config.candidate_tokens
         self.token_norm = nn.LayerNorm(size, eps=config.norm_eps, bias=False)  # v
-        self.token_proj = VMDUnitLinear(NUM_TOKENS * size, size, bias=False)  # X
-        self.hidden_proj = VMDUnitLinear(2 * size, size)  # H
-        self.out_proj = VMDZeroLinear(size, size, bias=False)  # O
-        self.tilt_proj = VMDUnitLinear(size, rank, bias=False)  # P
+        self.token_proj = VMDUnitLinear(NUM_TOKENS * size, 2 * size, bias=False)  # X
+        self.hidden_proj = VMDUnitLinear(2 * size, 2 * size)  # H
+        self.out_proj = VMDZeroLinear(2 * size, size, bias=False)  # O
+        self.tilt_proj = VMDUnitLinear(2 * size, rank, bias=False)  # P
         self.state_proj = VMDUnitLinear(2 * size, self.num_states)  # q
         self.kernel_proj = VMDUnitLinear(2 * size, NUM_KERNELS)  # g
         self.tables = VMDChainTables(config)
@@ -214,7 +214,8 @@ def chain_log_probs(
     changed, tilts = chain.read(known[nearest], num_known, hidden_states[before], hidden_states[later], gaps)
     logits = compute_logits(hidden_states.index_copy(0, later, changed.to(hidden_states.dtype))).float()
     alone = -nn.functional.cross_entropy(logits[first], tokens[first], reduction="none")
-    emissions = chain.emission_log_probs(tilts, logits[later], tokens[later])  # (later, K)
+    with torch.autocast(logits.device.type, enabled=False):
+        emissions = chain.emission_log_probs(tilts, logits[later], tokens[later])  # (later, K)
     highest = emissions.detach().amax(-1)
     totals = alone.new_zeros(num_groups).index_add(0, group[first], alone).index_add(0, group[later], highest)
 
@@ -222,14 +223,15 @@ def chain_log_probs(
     # own probability given these. Where the token before is a chain's first one, all rows are alike.
     scores, weights = chain.remember(known[before], hidden_states[before])
     inside = follows[before].nonzero().squeeze(-1)
-    matrices = scores.softmax(-1)[:, None].expand(-1, size, -1)
-    matrices = matrices.index_copy(0, inside, chain.transitions(scores[inside], weights[inside]))
-    matrices = matrices * (emissions - highest[:, None]).exp()[:, None]
     of_group = group[later]
     num_earlier = torch.searchsorted(of_group, torch.arange(num_groups, device=group.device))
     place = of_group * shape[1] + torch.arange(len(later), device=group.device) - num_earlier[of_group]
-    grid = torch.eye(size).to(matrices).repeat(num_groups * shape[1], 1, 1).index_copy(0, place, matrices)
-    return totals + log_product(grid.unflatten(0, shape))
+    with torch.autocast(logits.device.type, enabled=False):
+        matrices = scores.softmax(-1)[:, None].expand(-1, size, -1)
+        matrices = matrices.index_copy(0, inside, chain.transitions(scores[inside], weights[inside]))
+        matrices = matrices * (emissions - highest[:, None]).exp()[:, None]
+        grid = torch.eye(size).to(matrices).repeat(num_groups * shape[1], 1, 1).index_copy(0, place, matrices)
+        return totals + log_product(grid.unflatten(0, shape))
 
 
 __all__ = ["VMDChain", "chain_log_probs", "log_product"]

@@ -257,19 +257,18 @@ def chain_cross_entropy(model, hidden_states: torch.Tensor, batch: CleanBatch, g
     index = flat[(groups.flatten() >= 0)[flat].nonzero().squeeze(-1)]
     block, sets = index // width, sets.flatten()[index]
     follows = F.pad((block[1:] == block[:-1]) & (sets[1:] == sets[:-1]), (1, 0))
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        tokens = batch.x_0.flatten()[index]
-        found = chain_log_probs(
-            model.chain,
-            hidden_states.flatten(0, 1)[index],
-            model.get_input_embeddings()(tokens),
-            tokens,
-            index % width,
-            follows,
-            block,
-            (rows * num_blocks, width),
-            model.compute_logits,
-        )
+    tokens = batch.x_0.flatten()[index]
+    found = chain_log_probs(
+        model.chain,
+        hidden_states.flatten(0, 1)[index],
+        model.get_input_embeddings()(tokens),
+        tokens,
+        index % width,
+        follows,
+        block,
+        (rows * num_blocks, width),
+        model.compute_logits,
+    )
     return -found.view(rows, num_blocks)
 
 
