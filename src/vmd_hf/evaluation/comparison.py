@@ -68,14 +68,21 @@ def claim(folder: Path, settings: dict[str, Any], rows: Rows) -> None:
 
 
 def train_row(
-    rows: Rows, row: str, seed: int, recipe: str, changes: list[str], output_dir: Path, device: torch.device
+    rows: Rows,
+    row: str,
+    seed: int,
+    recipe: str,
+    changes: list[str],
+    output_dir: Path,
+    device: torch.device,
+    start: Path | None = None,
 ) -> tuple[Path, DataArguments, list[dict[str, Any]]]:
-    """Trains the stages of a row that are not there yet.
+    """Trains the stages of a row that are not there yet, the first one from the model in `start`, if given.
 
     Returns:
         The folder of the last stage, what it was trained on, and how long each took (see `train_stage`).
     """
-    trained, folder = [], None
+    trained, folder = [], start
     for number, stage in enumerate(rows[row]):
         settings = ["--latent_size", "0"] + (["--use_cpu=true"] if device.type == "cpu" else [])
         for name, value in stage.items():
@@ -109,7 +116,7 @@ def train_stage(arguments: tuple[ModelArguments, DataArguments, TrainingArgument
         seconds = record.get("train_runtime", seconds)
     updates = trainer.state.global_step
     per_update = seconds / max(updates - first, 1)
-    shape = training_args.per_device_train_batch_size, trainer.model.config.max_position_embeddings
+    shape = training_args.per_device_train_batch_size, len(next(iter(trainer.train_dataset))["input_ids"])
     peak = matmul_peak(trainer.model.device, dtype=torch.bfloat16 if training_args.bf16 else torch.float32)
     result = {
         "updates": updates,
