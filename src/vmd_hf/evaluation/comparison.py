@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -116,13 +115,13 @@ def train_stage(arguments: tuple[ModelArguments, DataArguments, TrainingArgument
         seconds = record.get("train_runtime", seconds)
     updates = trainer.state.global_step
     per_update = seconds / max(updates - first, 1)
-    shape = training_args.per_device_train_batch_size, len(next(iter(trainer.train_dataset))["input_ids"])
+    batch = next(iter(trainer.get_train_dataloader()))
     peak = matmul_peak(trainer.model.device, dtype=torch.bfloat16 if training_args.bf16 else torch.float32)
     result = {
         "updates": updates,
         "seconds": updates * per_update,
-        "tokens_per_second": math.prod(shape) / per_update,
-        "share_of_matmul_peak": flops_of_update(trainer.model, shape) / per_update / peak,
+        "tokens_per_second": batch["input_ids"].numel() / per_update,
+        "share_of_matmul_peak": flops_of_update(trainer.model, batch) / per_update / peak,
     }
     write_json(path, result)
     return result
