@@ -27,7 +27,7 @@ AFTER = "WGQGTLVTVSS"
 LONGEST_LOOP = 16
 ROW_LENGTH = len(BEFORE) + LONGEST_LOOP + len(AFTER) + 2
 HEAVY_CHAINS = Repertoire(
-    "human_B_heavy", LONGEST_LOOP + 3, "W", (("IGHV3-23",), ("IGHJ1", "IGHJ4", "IGHJ5"))
+    "human_B_heavy", 3, LONGEST_LOOP + 3, "W", (("IGHV3-23",), ("IGHJ1", "IGHJ4", "IGHJ5"))
 )  # C and W included
 
 _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -50,7 +50,7 @@ def antibody_tokenizer() -> PreTrainedTokenizerFast:
     """That of AntiBERTy, one token for each amino acid, for text without spaces between them."""
     tokens = [*_SPECIAL_TOKENS, *AMINO_ACIDS]
     backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\S"), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[(name, tokens.index(name)) for name in ("[CLS]", "[SEP]")]

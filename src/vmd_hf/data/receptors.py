@@ -36,12 +36,13 @@ class Repertoire(NamedTuple):
     """Sequences that one of olga's models makes, from C to one of `last_residues`."""
 
     model: str
+    shortest: int
     length_limit: int  # sequences are shorter
     last_residues: str
     genes: tuple[tuple[str, ...], tuple[str, ...]] | None = None  # V and J genes that they are made of; `None`: all
 
 
-T_BETA = Repertoire("human_T_beta", ROW_LENGTH, "FVW")  # FVW: those with which olga lets a sequence end
+T_BETA = Repertoire("human_T_beta", 2, ROW_LENGTH, "FVW")  # FVW: those with which olga lets a sequence end
 
 _FILES = ("model_params.txt", "V_gene_CDR3_anchors.csv", "J_gene_CDR3_anchors.csv", "model_marginals.txt")
 
@@ -79,7 +80,7 @@ def _receptors(repertoire: Repertoire) -> _Receptors:
     source, judge = SequenceGenerationVDJ(model, data), GenerationProbabilityVDJ(model, data)
     FastPgen(judge)  # compiled, in the place of the judge's own
     kept = np.zeros(repertoire.length_limit)
-    for length in range(2, repertoire.length_limit):
+    for length in range(repertoire.shortest, repertoire.length_limit):
         for last in repertoire.last_residues:
             kept[length] += judge.compute_aa_CDR3_pgen("C" + "X" * (length - 2) + last)
     return _Receptors(source, judge, kept)
@@ -111,7 +112,7 @@ def receptor_sequences(
         np.random.seed(seed)  # olga knows no other generator
         while len(sequences) < num_sequences:
             sequence = source.gen_rnd_prod_CDR3(repertoire.last_residues)[1]
-            if len(sequence) < repertoire.length_limit:
+            if repertoire.shortest <= len(sequence) < repertoire.length_limit:
                 sequences.append(sequence)
     finally:
         np.random.set_state(before)
@@ -129,7 +130,7 @@ def log2_probabilities(
     among those of its length; -inf where it is 0, as that of a row which is no sequence (`None`)."""
     receptors, found = _receptors(repertoire), []
     for sequence in sequences:
-        fits = sequence and len(sequence) < repertoire.length_limit
+        fits = sequence and repertoire.shortest <= len(sequence) < repertoire.length_limit
         if fits and sequence[0] == "C" and sequence[-1] in repertoire.last_residues:
             probability = receptors.judge.compute_aa_CDR3_pgen(sequence)
             kept = receptors.kept[len(sequence)] if given_length else receptors.kept.sum()
