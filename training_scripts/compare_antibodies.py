@@ -66,9 +66,9 @@ ROWS: Rows = {
 def prepare_backbone(folder: Path, recipe: str, changes: list[str], source: str | None) -> None:
     """What all rows begin with: the BERT as a masked diffusion model without a latent, and its tokenizer. (It has no
     dropout: what is trained is small, and the BERT gives it the same numbers in training as later.)"""
-    if folder.exists():
+    if (folder / "config.json").exists():  # which is written last
         return
-    settings, *_ = parse([recipe, *changes, "--output_dir=unused"])
+    settings, *_ = parse([recipe, *changes])
     tokenizer = antibody_tokenizer()
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     bert = AutoModelForMaskedLM.from_pretrained(source or antiberty_folder(), **dropout)
