@@ -53,8 +53,8 @@ NUM_STEPS = (1, 2, 4, LONGEST_LOOP)
 FROZEN_CHAIN = {"freeze_backbone": True, "latent_type": "chain", "latent_size": 64, "conditioning_size": 64}
 FROZEN_GAUSSIAN = {"freeze_backbone": True, "latent_size": 16, "latent_min_tokens": 3, "kl_warmup_ratio": 0.3}
 LORA = {"lora_r": 8, "learning_rate": 1e-3}
-# How each row changes the recipe, in stages that start from one another. The numbers of updates make the training times
-# about equal, eight minutes of one thread of a CPU.
+# How each row changes the recipe, in stages that start from one another. The numbers of updates make the training
+# times about equal, eight minutes of one thread of a CPU.
 ROWS: Rows = {
     "bert": [],
     "gaussian": [{**FROZEN_GAUSSIAN, "max_steps": 240}],
