@@ -89,7 +89,11 @@ def test_a_model_is_trained_evaluated_sampled_and_exported(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        (["train", "d11"], 2, "recipe must be a YAML file or one of boards, causal, cdr3_comparison, d1, "),
+        (
+            ["train", "d11"],
+            2,
+            "recipe must be a YAML file or one of antibody_comparison, boards, causal, cdr3_comparison, d1, ",
+        ),
         (["train", "d1", "--max_stepz=3"], 2, "max_stepz"),
         (
             ["train", "d1", "--latent_size=-1", "--report_to=none"],

@@ -60,7 +60,7 @@ def test_draws_are_kept_in_a_file(tmp_path, monkeypatch):
     assert len(drawn) == 40 and len({*drawn}) > 35 and {*"".join(drawn)} <= {*AMINO_ACIDS}
     assert receptor_sequences(10, 7, tmp_path) == drawn[:10] and receptor_sequences(40, 8, tmp_path) != drawn
     assert len(list(tmp_path.iterdir())) == 3  # nothing half-written
-    monkeypatch.setattr(receptors, "_receptors", lambda: pytest.fail("it drew again"))
+    monkeypatch.setattr(receptors, "_receptors", lambda *args: pytest.fail("it drew again"))
     assert receptor_sequences(40, 7, tmp_path) == drawn
     with pytest.raises(ValueError, match="num_sequences must be at least 1, got 0"):
         receptor_sequences(0, 7, tmp_path)

@@ -74,7 +74,7 @@ def test_every_recipe_is_read_and_its_arguments_win_over_defaults_and_lose_to_th
     assert training.seed == 7 != written["seed"]
     if "model_name_or_path" in written:
         return
-    sizes = {"synthetic": 4, "sudoku": 81, "text": data.sequence_length, "receptors": 28}
+    sizes = {"synthetic": 4, "sudoku": 81, "text": data.sequence_length, "receptors": 28, "antibodies": 125}
     for latent_size in (model.latent_size, 0):  # without one it is the baseline
         model.latent_size = latent_size
         groups = groups_of_positions(model, data, sizes[data.task])

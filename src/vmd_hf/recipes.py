@@ -70,6 +70,9 @@ class ModelArguments(ConfigArguments):
             "masked or causal (see backbone_type)."
         },
     )
+    freeze_backbone: bool = field(
+        default=False, metadata={"help": "Train only what was added to a language model of transformers."}
+    )
     lora_r: int | None = field(default=None, metadata={"help": "Train an adapter of this rank on that model."})
     lora_alpha: int = 16
     lora_latent: bool = field(default=False, metadata={"help": "And train the whole latent path along with it."})
@@ -85,11 +88,11 @@ class ModelArguments(ConfigArguments):
 class DataArguments:
     """What to train on."""
 
-    task: Literal["synthetic", "text", "sudoku", "receptors", "instructions"] = "synthetic"
+    task: Literal["synthetic", "text", "sudoku", "receptors", "antibodies", "instructions"] = "synthetic"
     setting: str = field(default="d1", metadata={"help": "The synthetic joint distribution."})
     correlation: float | None = field(default=None, metadata={"help": "p of two_token_correlated."})
     num_train_rows: int = field(
-        default=200_000, metadata={"help": "Synthetic rows, Sudoku puzzles or receptors to make."}
+        default=200_000, metadata={"help": "Synthetic rows, Sudoku puzzles, receptors or loops of antibodies to make."}
     )
     min_clues: int = field(default=22, metadata={"help": "Fewest clues of a Sudoku to train on; see max_clues."})
     max_clues: int = field(default=36, metadata={"help": "Most clues; 0: whole boards instead of puzzles."})

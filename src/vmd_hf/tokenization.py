@@ -7,6 +7,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from .backbones_vmd import MASK_TOKEN
+from .data.antibodies import antibody_tokenizer
 from .data.characters import character_tokenizer
 from .data.receptors import receptor_tokenizer
 from .data.sudoku import sudoku_tokenizer
@@ -16,7 +17,7 @@ from .hub import check_model, load_tokenizer
 
 
 def task_tokenizer(
-    task: Literal["synthetic", "sudoku", "receptors"], model: str | os.PathLike | None = None
+    task: Literal["synthetic", "sudoku", "receptors", "antibodies"], model: str | os.PathLike | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a task with symbols of its own: for a model that is given (a folder or an id on the Hub) the
     one beside it.
@@ -24,7 +25,12 @@ def task_tokenizer(
     Raises:
         ValueError: the model has no tokenizer or another vocabulary.
     """
-    own = {"synthetic": synthetic_tokenizer, "sudoku": sudoku_tokenizer, "receptors": receptor_tokenizer}[task]()
+    own = {
+        "synthetic": synthetic_tokenizer,
+        "sudoku": sudoku_tokenizer,
+        "receptors": receptor_tokenizer,
+        "antibodies": antibody_tokenizer,
+    }[task]()
     if model is None:
         return own
     tokenizer = load_tokenizer(model)

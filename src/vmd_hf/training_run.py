@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .configuration_vmd import VMDConfig
+from .data.antibodies import antibody_dataset, loop_sequences
 from .data.instructions import instruction_dataset, load_instructions
 from .data.receptors import SPLIT_SEEDS, receptor_dataset, receptor_sequences
 from .data.sudoku import SudokuCollator, generate_puzzles, puzzle_dataset, random_boards, sudoku_position_groups
@@ -123,9 +124,13 @@ def build_data(
     """
     if args.task == "synthetic":
         return synthetic_dataset(args.setting, args.num_train_rows, seed=0, correlation=args.correlation), None
-    if args.task == "receptors":
+    if args.task in ("receptors", "antibodies"):
+        draw, dataset = {
+            "receptors": (receptor_sequences, receptor_dataset),
+            "antibodies": (loop_sequences, antibody_dataset),
+        }[args.task]
         numbers = {"train": args.num_train_rows, "validation": args.num_eval_rows}
-        rows = [receptor_dataset(receptor_sequences(count, SPLIT_SEEDS[split])) for split, count in numbers.items()]
+        rows = [dataset(draw(count, SPLIT_SEEDS[split])) for split, count in numbers.items()]
         return rows[0], rows[1]
     if args.task == "sudoku":
         count = args.num_train_rows + args.num_eval_rows
@@ -211,6 +216,23 @@ def build_model(
         **training,
     )
     return VMDForMaskedDiffusion(config)
+
+
+def freeze_backbone(model: VMDForMaskedDiffusion) -> None:
+    """Leaves to train what was added to a language model of transformers.
+
+    Raises:
+        ValueError: there is none, or nothing was added.
+    """
+    if model.config.backbone_config is not None:
+        model.model.language_model.requires_grad_(False)
+        if any(parameter.requires_grad for parameter in model.parameters()):
+            return
+    raise ValueError(
+        "freeze_backbone needs a language model of transformers with a latent or a causal head, got "
+        f"{type(model.config.backbone_config).__name__}, latent_size={model.config.latent_size} and "
+        f"causal_head_size={model.config.causal_head_size}"
+    )
 
 
 def build_adapted_model(args: ModelArguments) -> "PeftModel":
@@ -310,6 +332,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         forwards = training_args.max_steps * training_args.gradient_accumulation_steps
         groups = groups_of_positions(model_args, data_args, length)
         model = build_model(model_args, tokenizer, length, forwards, groups)
+        if model_args.freeze_backbone:
+            freeze_backbone(model)
     else:
         model = build_adapted_model(model_args)
         model.print_trainable_parameters()

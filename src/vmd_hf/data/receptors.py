@@ -6,6 +6,8 @@ an extra of this package, of which it ships nothing: pip install vmd_hf[olga]
 
 A row has `ROW_LENGTH` tokens: a sequence, and end tokens in all columns behind it. Sequences that do not fit (8 in
 100,000) are left out, in data and truth alike.
+
+Other sequences of olga's are a `Repertoire` of their own (antibodies.py).
 """
 
 import os
@@ -29,19 +31,31 @@ AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 ROW_LENGTH = 28
 SPLIT_SEEDS = {"train": 0, "validation": 1, "test": 2}
 
+
+class Repertoire(NamedTuple):
+    """Sequences that one of olga's models makes, from C to one of `last_residues`."""
+
+    model: str
+    shortest: int
+    length_limit: int  # sequences are shorter
+    last_residues: str
+    genes: tuple[tuple[str, ...], tuple[str, ...]] | None = None  # V and J genes that they are made of; `None`: all
+
+
+T_BETA = Repertoire("human_T_beta", 2, ROW_LENGTH, "FVW")  # FVW: those with which olga lets a sequence end
+
 _FILES = ("model_params.txt", "V_gene_CDR3_anchors.csv", "J_gene_CDR3_anchors.csv", "model_marginals.txt")
-_LAST_RESIDUES = "FVW"  # those with which olga lets a sequence end
 
 
 class _Receptors(NamedTuple):
     source: Any  # draws sequences
     judge: Any  # knows their probabilities
-    log2_kept: float  # of the probability that what a cell makes is a sequence that fits
+    kept: np.ndarray  # (length_limit,), the probability that what a cell makes is a sequence of each length
 
 
 @cache
-def _receptors() -> _Receptors:
-    """olga's model `human_T_beta`.
+def _receptors(repertoire: Repertoire) -> _Receptors:
+    """olga's model, of some genes.
 
     Not everything that a cell makes is such a sequence: three quarters are out of frame or have a stop codon. olga's
     probabilities include these, and its draws are of the rest. So the probability of a draw is that of olga over the
@@ -52,22 +66,29 @@ def _receptors() -> _Receptors:
     from olga.performance.fast_pgen import FastPgen
     from olga.sequence_generation import SequenceGenerationVDJ
 
-    folder = Path(load_model.__file__).parent / "default_models" / "human_T_beta"
+    folder = Path(load_model.__file__).parent / "default_models" / repertoire.model
     *genes, marginals = (str(folder / name) for name in _FILES)
     data, model = load_model.GenomicDataVDJ(), load_model.GenerativeModelVDJ()
     data.load_igor_genomic_data(*genes)
     model.load_and_process_igor_model(marginals)
+    if repertoire.genes is not None:
+        of_v, of_j = (
+            [gene[0].partition("*")[0] in wanted for gene in genes]  # of any allele
+            for genes, wanted in zip((data.genV, data.genJ), repertoire.genes, strict=True)
+        )
+        model.PV, model.PDJ = model.PV * of_v, model.PDJ * of_j
     source, judge = SequenceGenerationVDJ(model, data), GenerationProbabilityVDJ(model, data)
     FastPgen(judge)  # compiled, in the place of the judge's own
-    kept = sum(
-        judge.compute_aa_CDR3_pgen("C" + "X" * (length - 2) + last)
-        for length in range(2, ROW_LENGTH)
-        for last in _LAST_RESIDUES
-    )
-    return _Receptors(source, judge, float(np.log2(kept)))
+    kept = np.zeros(repertoire.length_limit)
+    for length in range(repertoire.shortest, repertoire.length_limit):
+        for last in repertoire.last_residues:
+            kept[length] += judge.compute_aa_CDR3_pgen("C" + "X" * (length - 2) + last)
+    return _Receptors(source, judge, kept)
 
 
-def receptor_sequences(num_sequences: int, seed: int, cache_dir: str | os.PathLike | None = None) -> list[str]:
+def receptor_sequences(
+    num_sequences: int, seed: int, cache_dir: str | os.PathLike | None = None, repertoire: Repertoire = T_BETA
+) -> list[str]:
     """Independent draws, kept in a file that the next call reads.
 
     Args:
@@ -82,15 +103,16 @@ def receptor_sequences(num_sequences: int, seed: int, cache_dir: str | os.PathLi
     if num_sequences < 1:
         raise ValueError(f"num_sequences must be at least 1, got {num_sequences}")
     folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "vmd_hf")
-    path = folder / f"human_T_beta-{ROW_LENGTH}-{seed}-{num_sequences}.txt"
+    genes = "".join(f"-{'+'.join(names)}" for names in repertoire.genes or ())
+    path = folder / f"{repertoire.model}-{repertoire.length_limit}{genes}-{seed}-{num_sequences}.txt"
     if path.exists():
         return path.read_text().split()
-    source, before, sequences = _receptors().source, np.random.get_state(), []
+    source, before, sequences = _receptors(repertoire).source, np.random.get_state(), []
     try:
         np.random.seed(seed)  # olga knows no other generator
         while len(sequences) < num_sequences:
-            sequence = source.gen_rnd_prod_CDR3(_LAST_RESIDUES)[1]
-            if len(sequence) < ROW_LENGTH:
+            sequence = source.gen_rnd_prod_CDR3(repertoire.last_residues)[1]
+            if repertoire.shortest <= len(sequence) < repertoire.length_limit:
                 sequences.append(sequence)
     finally:
         np.random.set_state(before)
@@ -101,18 +123,22 @@ def receptor_sequences(num_sequences: int, seed: int, cache_dir: str | os.PathLi
     return sequences
 
 
-def log2_probabilities(sequences: Sequence[str | None]) -> np.ndarray:
-    """The exact log2 p of each sequence under `receptor_sequences`, (sequences,) float64; -inf where it is 0, as that
-    of a row which is no sequence (`None`)."""
-    judge, log2_kept = _receptors().judge, _receptors().log2_kept
-    found = [
-        judge.compute_aa_CDR3_pgen(sequence)
-        if sequence and len(sequence) < ROW_LENGTH and sequence[0] == "C" and sequence[-1] in _LAST_RESIDUES
-        else 0.0
-        for sequence in sequences
-    ]
+def log2_probabilities(
+    sequences: Sequence[str | None], repertoire: Repertoire = T_BETA, given_length: bool = False
+) -> np.ndarray:
+    """The exact log2 p of each sequence under `receptor_sequences`, (sequences,) float64, or, `given_length`, of it
+    among those of its length; -inf where it is 0, as that of a row which is no sequence (`None`)."""
+    receptors, found = _receptors(repertoire), []
+    for sequence in sequences:
+        fits = sequence and repertoire.shortest <= len(sequence) < repertoire.length_limit
+        if fits and sequence[0] == "C" and sequence[-1] in repertoire.last_residues:
+            probability = receptors.judge.compute_aa_CDR3_pgen(sequence)
+            kept = receptors.kept[len(sequence)] if given_length else receptors.kept.sum()
+            found.append(probability and probability / kept)  # of some lengths there are none
+        else:
+            found.append(0.0)
     with np.errstate(divide="ignore"):
-        return np.log2(np.array(found, dtype=np.float64)) - log2_kept
+        return np.log2(np.array(found, dtype=np.float64))
 
 
 def receptor_tokenizer() -> PreTrainedTokenizerFast:
@@ -151,6 +177,8 @@ __all__ = [
     "AMINO_ACIDS",
     "ROW_LENGTH",
     "SPLIT_SEEDS",
+    "T_BETA",
+    "Repertoire",
     "log2_probabilities",
     "receptor_dataset",
     "receptor_sequences",

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -68,14 +67,21 @@ def claim(folder: Path, settings: dict[str, Any], rows: Rows) -> None:
 
 
 def train_row(
-    rows: Rows, row: str, seed: int, recipe: str, changes: list[str], output_dir: Path, device: torch.device
+    rows: Rows,
+    row: str,
+    seed: int,
+    recipe: str,
+    changes: list[str],
+    output_dir: Path,
+    device: torch.device,
+    start: Path | None = None,
 ) -> tuple[Path, DataArguments, list[dict[str, Any]]]:
-    """Trains the stages of a row that are not there yet.
+    """Trains the stages of a row that are not there yet, the first one from the model in `start`, if given.
 
     Returns:
         The folder of the last stage, what it was trained on, and how long each took (see `train_stage`).
     """
-    trained, folder = [], None
+    trained, folder = [], start
     for number, stage in enumerate(rows[row]):
         settings = ["--latent_size", "0"] + (["--use_cpu=true"] if device.type == "cpu" else [])
         for name, value in stage.items():
@@ -109,14 +115,14 @@ def train_stage(arguments: tuple[ModelArguments, DataArguments, TrainingArgument
         seconds = record.get("train_runtime", seconds)
     updates = trainer.state.global_step
     per_update = seconds / max(updates - first, 1)
-    shape = training_args.per_device_train_batch_size, trainer.model.config.max_position_embeddings
+    batch = next(iter(trainer.get_train_dataloader()))
     peak = matmul_peak(trainer.model.device, dtype=torch.bfloat16 if training_args.bf16 else torch.float32)
     result = {
         "updates": updates,
         "seconds": updates * per_update,
         "cpu_seconds": updates / max(updates - first, 1) * cpu_seconds,
-        "tokens_per_second": math.prod(shape) / per_update,
-        "share_of_matmul_peak": flops_of_update(trainer.model, shape) / per_update / peak,
+        "tokens_per_second": batch["input_ids"].numel() / per_update,
+        "share_of_matmul_peak": flops_of_update(trainer.model, batch) / per_update / peak,
     }
     write_json(path, result)
     return result

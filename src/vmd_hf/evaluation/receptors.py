@@ -6,14 +6,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ..data.receptors import ROW_LENGTH, log2_probabilities, receptor_dataset, sequences_of
-from ..likelihood import confidence_interval, corpus_bound
+from ..likelihood import Order, confidence_interval, corpus_bound
 from .sampling import draw_samples
 from .tables import Row
 from .text import largest_step
 
+BATCH = 250  # sequences at once
 Truth = Callable[[Sequence[str | None]], np.ndarray]  # to log2 p of each sequence, as `log2_probabilities`
 
 
@@ -40,17 +42,20 @@ def evaluate_receptor_bounds(
     num_draws: int = 16,
     seed: int = 0,
     truth: Truth = log2_probabilities,
+    dataset: Callable[[Sequence[str]], Dataset] = receptor_dataset,
+    orders: Sequence[Order] = ("random", "left_to_right"),
 ) -> list[Row]:
     """A row for each number of steps and each order: the expectation over random ones (of `num_orders` draws), and
     from left to right. With a Gaussian latent it is a bound, of one draw of z and of `num_draws` in the logarithm, and
-    of random orders only."""
-    true_bits, results = -truth(sequences), []
-    rows = torch.as_tensor(receptor_dataset(sequences)[:]["input_ids"]).to(model.device)
-    batches = [{"input_ids": batch} for batch in rows.split(250)]
+    of random orders only. `dataset` makes rows of sequences, as [`receptor_dataset`], `labels` included if not all of
+    a row is to be predicted."""
+    true_bits, results, rows = -truth(sequences), [], dataset(sequences)
+    batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+    width = max(int((batch.get("labels", batch["input_ids"]) != -100).sum(-1).max()) for batch in batches)
     for steps in num_steps:
         has_order, has_latent = steps > 1, model.config.gaussian_size > 0
-        draws_latent = has_latent and largest_step(ROW_LENGTH, steps) >= model.config.latent_min_tokens
-        for order in ["random", "left_to_right"] if has_order and not has_latent else ["random"]:
+        draws_latent = has_latent and largest_step(width, steps) >= model.config.latent_min_tokens
+        for order in orders if has_order and not has_latent else ["random"]:
             for draws in [1, num_draws] if draws_latent else [1]:
                 start = time.perf_counter()
                 bound = corpus_bound(
@@ -99,7 +104,7 @@ def evaluate_receptor_samples(
     results = []
     for steps in num_steps:
         start = time.perf_counter()
-        rows = draw_samples(model, ROW_LENGTH, num_samples, seed, batch_size=250, do_sample=True, num_steps=steps)
+        rows = draw_samples(model, ROW_LENGTH, num_samples, seed, batch_size=BATCH, do_sample=True, num_steps=steps)
         seconds = time.perf_counter() - start
         results.append({"num_steps": steps, **sample_statistics(sequences_of(rows), real, truth), "seconds": seconds})
     return results

@@ -31,18 +31,33 @@ def samplers_of(model: PreTrainedModel, resample_latents: bool | None = None) ->
     }
 
 
-@torch.no_grad()
 def draw_samples(
     model: PreTrainedModel, length: int, num_samples: int, seed: int, batch_size: int = 10_000, **settings: Any
 ) -> torch.Tensor:
     """(num_samples, length) int64 sequences, on the CPU, from fully masked ones; positions are revealed in random
     order. `settings` are those of `generate`."""
+    masks = torch.full((num_samples, length), model.config.mask_token_id, device=model.device)
+    return fill_masks(model, {"input_ids": masks}, seed, batch_size, **settings)
+
+
+@torch.no_grad()
+def fill_masks(
+    model: PreTrainedModel, rows: dict[str, torch.Tensor], seed: int, batch_size: int, **settings: Any
+) -> torch.Tensor:
+    """The same of rows that are given in part: `input_ids` with masks (rows, length), and what else `generate` takes
+    of them."""
     generator = torch.Generator().manual_seed(seed)
-    masks = torch.full((num_samples, length), model.config.mask_token_id, device=model.device).split(batch_size)
-    batches = tqdm(masks, desc=str(settings.get("num_steps", "")), leave=False, disable=None)
+    batches = zip(*(part.split(batch_size) for part in rows.values()), strict=True)
+    total = -(-len(rows["input_ids"]) // batch_size)
+    progress = tqdm(batches, desc=str(settings.get("num_steps", "")), total=total, leave=False, disable=None)
     return torch.cat(
-        [model.generate(batch, generator=generator, remasking="random", **settings).cpu() for batch in batches]
+        [
+            model.generate(
+                **dict(zip(rows, batch, strict=True)), generator=generator, remasking="random", **settings
+            ).cpu()
+            for batch in progress
+        ]
     )
 
 
-__all__ = ["SAMPLERS", "draw_samples", "samplers_of"]
+__all__ = ["SAMPLERS", "draw_samples", "fill_masks", "samplers_of"]

@@ -1,6 +1,7 @@
 """Floating point operations: how many a machine makes a second, and how many an update takes; seconds of sampling."""
 
 import time
+from collections.abc import Mapping
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,12 +42,11 @@ def sampling_seconds(model: PreTrainedModel, length: int, num_steps: int, num_te
     return min(seconds) / (num_texts * length)
 
 
-def flops_of_update(model: PreTrainedModel, shape: tuple[int, int]) -> int:
+def flops_of_update(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> int:
     """Of the matrix products of a forward and a backward pass."""
-    input_ids = torch.zeros(shape, dtype=torch.long, device=model.device)
     model.train()
     with FlopCounterMode(display=False) as counter:
-        model(input_ids=input_ids, labels=input_ids).loss.backward()
+        model(**batch).loss.backward()
     model.zero_grad()
     return counter.get_total_flops()
 
