@@ -33,20 +33,22 @@ def hidden_states_of(model, input_ids, masked):
 def joint_by_enumeration(model, hidden_states, row, columns):
     """p(tokens at these columns | x_t) as a sum over all paths of states, written down from the formulas."""
     chain, known = model.chain, model.chain.known(model.get_input_embeddings()(row))
-    num_states, one = chain.num_states, torch.tensor
+    num_states, one, tables = chain.num_states, torch.tensor, chain.tables()
     factors = [model.compute_logits(hidden_states[columns[0]]).softmax(-1)[row[columns[0]]].expand(num_states)]
-    kernels = []
-    for place, (before, column) in enumerate(itertools.pairwise(columns), start=1):
+    kernels, nearest = [], [torch.zeros(1, known.shape[-1])] * NUM_TOKENS
+    for before, column in itertools.pairwise(columns):
         scores, weights = chain.remember(known[[before]], hidden_states[[before]])
         if before == columns[0]:
             kernels.append(scores.softmax(-1).expand(num_states, -1))
         else:
-            kernels.append(chain.transitions(scores, weights)[0])
-        nearest = [columns[max(place - 1 - number, 0)] for number in range(NUM_TOKENS)]
-        arguments = one([place]), hidden_states[[before]], hidden_states[[column]], one([column - before])
-        changed, tilts = chain.read(known[nearest][None], *arguments)
+            kernels.append(chain.transitions(scores, weights, tables)[0])
+        nearest = [known[[before]], *nearest[:-1]]
+        here = hidden_states[[column]]
+        surroundings = chain.surroundings(hidden_states[[before]], here, one([column - before]), tables)
+        changed, tilts = chain.read(torch.cat(nearest, dim=-1), surroundings, here)
         logits = model.compute_logits(changed)
-        of_states = [chain.token_log_probs(tilts, logits, one([state]))[0, row[column]] for state in range(num_states)]
+        states = range(num_states)
+        of_states = [chain.token_log_probs(tilts, logits, one([state]), tables)[0, row[column]] for state in states]
         factors.append(torch.stack(of_states).exp())
     total = 0.0
     for path in itertools.product(range(num_states), repeat=len(columns) - 1):
@@ -96,12 +98,12 @@ def test_the_probability_of_a_step_is_a_sum_over_paths(candidates, masked, revea
 @CANDIDATES
 def test_token_probabilities_given_a_state_are_its_emissions(candidates):
     model = chain_model(candidate_tokens=candidates)
-    tilts, logits = torch.randn(4, model.config.conditioning_size), torch.randn(4, 6)
+    tilts, logits, tables = torch.randn(4, model.config.conditioning_size), torch.randn(4, 6), model.chain.tables()
     for state in range(3):
-        log_probs = model.chain.token_log_probs(tilts, logits, torch.full((4,), state))
+        log_probs = model.chain.token_log_probs(tilts, logits, torch.full((4,), state), tables)
         assert log_probs.exp().sum(-1).tolist() == pytest.approx([1] * 4, abs=1e-5)
         for token in range(6):
-            emissions = model.chain.emission_log_probs(tilts, logits, torch.full((4,), token))
+            emissions = model.chain.emission_log_probs(tilts, logits, torch.full((4,), token), tables)
             torch.testing.assert_close(log_probs[:, token], emissions[:, state])
 
 

@@ -28,6 +28,7 @@ Probabilities are computed in float32, whatever the type of the layers.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -42,28 +43,35 @@ NUM_TOKENS = 3  # that are read as they are; of those before these, only the sta
 _SMALLEST = 1e-30  # of a probability: keeps logarithms finite
 
 
+class Tables(NamedTuple):
+    """The weights of a chain that belong to no layer, in float32: G, (NUM_GAPS, 2 * hidden), E and W together, (1 +
+    NUM_KERNELS, K, K), U, (K, rank), of mean 0 over the states (with one state, zero), and V, (vocabulary, rank)."""
+
+    gaps: torch.Tensor
+    kernels: torch.Tensor
+    states: torch.Tensor
+    tokens: torch.Tensor
+
+
 class VMDChainTables(nn.Module):
-    """The weights of the chain that belong to no layer, in float32. They are what a call returns, so that accelerate
-    brings them where the model is offloaded."""
+    """[`Tables`]. They are what a call returns, so that accelerate brings them where the model is offloaded."""
 
     def __init__(self, config: VMDConfig):
         super().__init__()
         num_states, rank = config.latent_size, config.conditioning_size
-        self.gaps = nn.Parameter(torch.empty(NUM_GAPS, 2 * config.hidden_size))  # G
+        self.gaps = nn.Parameter(torch.empty(NUM_GAPS, 2 * config.hidden_size))
         self.table = nn.Parameter(torch.empty(num_states, num_states))  # E
         self.kernels = nn.Parameter(torch.empty(NUM_KERNELS, num_states, num_states))  # W
         self.state_vectors = nn.Parameter(torch.empty(num_states, rank))  # U
         self.token_vectors = nn.Parameter(torch.empty(config.vocab_size, rank))  # V
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """G, E and W (1 + NUM_KERNELS, K, K), U (of mean 0 over the states: with one state, zero), V."""
-        kernels = torch.cat([self.table[None], self.kernels]).float()
-        vectors = self.state_vectors.float()
-        return self.gaps.float(), kernels, vectors - vectors.mean(0), self.token_vectors.float()
+    def forward(self) -> Tables:
+        kernels, vectors = torch.cat([self.table[None], self.kernels]).float(), self.state_vectors.float()
+        return Tables(self.gaps.float(), kernels, vectors - vectors.mean(0), self.token_vectors.float())
 
 
 class VMDChain(nn.Module):
-    """What tokens that are revealed together tell of one another."""
+    """What tokens that are revealed together tell of one another. `tables` is what `self.tables()` returns."""
 
     def __init__(self, config: VMDConfig):
         super().__init__()
@@ -80,32 +88,34 @@ class VMDChain(nn.Module):
         self.tables = VMDChainTables(config)
 
     def known(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """v of tokens, of any shape that ends in hidden."""
+        """v of tokens, (..., hidden)."""
         return self.token_norm(embeddings.to(input_dtype(self.hidden_proj)))
 
+    def surroundings(
+        self, before: torch.Tensor, hidden_states: torch.Tensor, gaps: torch.Tensor, tables: Tables
+    ) -> torch.Tensor:
+        """What f has of tokens beside those before them, (..., 2 * hidden).
+
+        Args:
+            before, hidden_states: (..., hidden), of the denoiser where the token before stands, and here.
+            gaps: (...) int64, the distance to the token before.
+        """
+        inputs = torch.cat([hidden_states, before], dim=-1).to(input_dtype(self.hidden_proj))
+        of_inputs = self.hidden_proj(inputs)
+        return of_inputs + tables.gaps[gaps.clamp(max=NUM_GAPS) - 1].to(of_inputs.dtype)
+
     def read(
-        self,
-        known: torch.Tensor,
-        num_known: torch.Tensor,
-        before: torch.Tensor,
-        hidden_states: torch.Tensor,
-        gaps: torch.Tensor,
+        self, known: torch.Tensor, surroundings: torch.Tensor, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states h' (tokens, hidden) of tokens given those before each, and P f, (tokens, rank).
 
         Args:
-            known: (tokens, NUM_TOKENS, hidden), v of the tokens before, the nearest first.
-            num_known: (tokens,) int64, how many of these there are.
-            before, hidden_states: (tokens, hidden), of the denoiser where the token before stands, and here.
-            gaps: (tokens,) int64, the distance to the token before.
+            known: (tokens, NUM_TOKENS * hidden), v of the tokens before, the nearest first, 0 where there is none.
+            surroundings: (tokens, 2 * hidden).
+            hidden_states: (tokens, hidden), of the denoiser.
         """
-        there = torch.arange(NUM_TOKENS, device=num_known.device) < num_known[:, None]
-        hidden_states, before = hidden_states.to(known.dtype), before.to(known.dtype)
-        of_gap = self.tables()[0][gaps.clamp(max=NUM_GAPS) - 1].to(known.dtype)
-        of_tokens = self.token_proj((known * there[..., None]).flatten(1))
-        features = of_tokens + self.hidden_proj(torch.cat([hidden_states, before], dim=-1)) + of_gap
-        features = nn.functional.gelu(features)
-        return hidden_states + self.out_proj(features), self.tilt_proj(features).float()
+        features = nn.functional.gelu(self.token_proj(known) + surroundings)
+        return hidden_states + self.out_proj(features).to(hidden_states.dtype), self.tilt_proj(features).float()
 
     def remember(self, known: torch.Tensor, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """q (tokens, K), and 1 and g (tokens, 1 + NUM_KERNELS), of v and hidden states of tokens, (tokens, hidden)."""
@@ -113,21 +123,24 @@ class VMDChain(nn.Module):
         weights = nn.functional.pad(self.kernel_proj(inputs).float(), (1, 0), value=1.0)
         return self.state_proj(inputs).float(), weights
 
-    def transitions(self, scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def transitions(self, scores: torch.Tensor, weights: torch.Tensor, tables: Tables) -> torch.Tensor:
         """T, (tokens, K, K), of what `remember` returns."""
-        kernels = self.tables()[1]
-        logits = (weights @ kernels.flatten(1)).unflatten(-1, kernels.shape[1:])
+        logits = (weights @ tables.kernels.flatten(1)).unflatten(-1, tables.kernels.shape[1:])
         return logits.add_(scores[:, None]).softmax(-1)
 
-    def following(self, scores: torch.Tensor, weights: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """Probabilities of the states (tokens, K) that follow these (tokens,) int64: a row of each matrix."""
-        rows = self.tables()[1].transpose(0, 1)[states]  # (tokens, 1 + NUM_KERNELS, K)
-        return torch.baddbmm(scores[:, None], weights[:, None], rows)[:, 0].softmax(-1)
+    def following(
+        self, scores: torch.Tensor, weights: torch.Tensor, states: torch.Tensor, tables: Tables
+    ) -> torch.Tensor:
+        """Logits of the states (tokens, K) that follow these (tokens,) int64: of a row of each matrix."""
+        rows = tables.kernels.transpose(0, 1)[states]  # (tokens, 1 + NUM_KERNELS, K)
+        return torch.baddbmm(scores[:, None], weights[:, None], rows)[:, 0]
 
-    def emission_log_probs(self, tilts: torch.Tensor, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def emission_log_probs(
+        self, tilts: torch.Tensor, logits: torch.Tensor, tokens: torch.Tensor, tables: Tables
+    ) -> torch.Tensor:
         """log p(token | c) of each state c of the token before, (tokens, K), of P f (tokens, rank), logits of h'
         (tokens, vocabulary) and tokens (tokens,) int64."""
-        log_probs, candidates, rest = self._log_probs(tilts, logits)
+        log_probs, candidates, rest = self._log_probs(tilts, logits, tables)
         place, share = tokens[:, None], 0.0
         if candidates is not None:
             found = candidates == place  # (tokens, candidates)
@@ -136,23 +149,25 @@ class VMDChain(nn.Module):
             place = torch.where(is_candidate, found.long().argmax(-1, keepdim=True), self.num_candidates)
         return log_probs.gather(-1, place[..., None].expand(-1, self.num_states, 1)).squeeze(-1) + share
 
-    def token_log_probs(self, tilts: torch.Tensor, logits: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def token_log_probs(
+        self, tilts: torch.Tensor, logits: torch.Tensor, states: torch.Tensor, tables: Tables
+    ) -> torch.Tensor:
         """log p(x | c) of one state c (tokens,) int64 each, (tokens, vocabulary)."""
-        log_probs, candidates, rest = self._log_probs(tilts, logits, states)
+        log_probs, candidates, rest = self._log_probs(tilts, logits, tables, states)
         log_probs = log_probs[:, 0]
         if candidates is None:
             return log_probs
         return (logits.float() - rest + log_probs[:, -1:]).scatter(-1, candidates, log_probs[:, :-1])
 
     def _log_probs(
-        self, tilts: torch.Tensor, logits: torch.Tensor, states: torch.Tensor | None = None
+        self, tilts: torch.Tensor, logits: torch.Tensor, tables: Tables, states: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """log p(x | c) of all tokens, (tokens, K, vocabulary), `None`, `None`; of a large vocabulary those of the
         candidates and of all other tokens together, (tokens, K, candidates + 1), the candidates (tokens, candidates),
         and the logarithm of the sum over the others' exponentials (tokens, 1). With `states` (tokens,) K is 1, that
         state."""
         logits = logits.float()
-        *_, vectors, of_tokens = self.tables()
+        vectors, of_tokens = tables.states, tables.tokens
         of_state = tilts[:, None] * (vectors if states is None else vectors[states][:, None])  # (tokens, K, rank)
         if logits.shape[-1] <= self.num_candidates:
             return (of_state @ of_tokens.T).add_(logits[:, None]).log_softmax(-1), None, None
@@ -203,19 +218,21 @@ def chain_log_probs(
         shape: Groups, and the most tokens that one can have.
         compute_logits: Of hidden states (tokens, hidden).
     """
-    num_groups, size = shape[0], chain.num_states
+    num_groups, size, tables = shape[0], chain.num_states, chain.tables()
     later, first = follows.nonzero().squeeze(-1), (~follows).nonzero().squeeze(-1)
-    before = later - 1
+    before, after = later - 1, hidden_states[later]
     every = torch.arange(len(tokens), device=tokens.device)
     num_known = (every - every.masked_fill(follows, 0).cummax(0).values)[later]
-    nearest = (later[:, None] - 1 - torch.arange(NUM_TOKENS, device=tokens.device)).clamp(min=0)
-    gaps = columns[later] - columns[before]
+    back = torch.arange(NUM_TOKENS, device=tokens.device)
     known = chain.known(embeddings)
-    changed, tilts = chain.read(known[nearest], num_known, hidden_states[before], hidden_states[later], gaps)
-    logits = compute_logits(hidden_states.index_copy(0, later, changed.to(hidden_states.dtype))).float()
+    nearest = known[(before[:, None] - back).clamp(min=0)] * (back < num_known[:, None])[..., None]
+    gaps = columns[later] - columns[before]
+    surroundings = chain.surroundings(hidden_states[before], after, gaps, tables)
+    changed, tilts = chain.read(nearest.flatten(1), surroundings, after)
+    logits = compute_logits(hidden_states.index_copy(0, later, changed)).float()
     alone = -nn.functional.cross_entropy(logits[first], tokens[first], reduction="none")
     with torch.autocast(logits.device.type, enabled=False):
-        emissions = chain.emission_log_probs(tilts, logits[later], tokens[later])  # (later, K)
+        emissions = chain.emission_log_probs(tilts, logits[later], tokens[later], tables)  # (later, K)
     highest = emissions.detach().amax(-1)
     totals = alone.new_zeros(num_groups).index_add(0, group[first], alone).index_add(0, group[later], highest)
 
@@ -228,7 +245,7 @@ def chain_log_probs(
     place = of_group * shape[1] + torch.arange(len(later), device=group.device) - num_earlier[of_group]
     with torch.autocast(logits.device.type, enabled=False):
         matrices = scores.softmax(-1)[:, None].expand(-1, size, -1)
-        matrices = matrices.index_copy(0, inside, chain.transitions(scores[inside], weights[inside]))
+        matrices = matrices.index_copy(0, inside, chain.transitions(scores[inside], weights[inside], tables))
         matrices = matrices * (emissions - highest[:, None]).exp()[:, None]
         grid = torch.eye(size).to(matrices).repeat(num_groups * shape[1], 1, 1).index_copy(0, place, matrices)
         return totals + log_product(grid.unflatten(0, shape))

@@ -430,7 +430,12 @@ class VMDGenerationMixin:
         order = revealed.long().argsort(dim=-1, descending=True, stable=True)
         columns, count = work.columns.gather(-1, order), revealed.sum(-1, keepdim=True)
         hidden_states = hidden_states.gather(1, columns[..., None].expand(-1, -1, hidden_states.shape[-1]))
-        drawn, memory, seen = tokens.gather(-1, order), None, []
+        drawn, memory = tokens.gather(-1, order), None
+        if self.chain is not None:
+            tables = self.chain.tables()
+            gaps = columns.diff(dim=-1).clamp(min=1)
+            surroundings = self.chain.surroundings(hidden_states[:, :-1], hidden_states[:, 1:], gaps, tables)
+            nearest = [torch.zeros_like(hidden_states[:, 0])] * NUM_TOKENS
         for place in range(1, int(count.max()) if most_revealed is None else most_revealed):
             embeddings = self.get_input_embeddings()(drawn[:, place - 1])
             before, after = hidden_states[:, place - 1], hidden_states[:, place]
@@ -439,43 +444,36 @@ class VMDGenerationMixin:
                 changed, memory = self.causal_head.read(embeddings[:, None], before[:, None], after[:, None], memory)
                 logits = self._process(state, of_place.candidates, self.compute_logits(changed).float())
             else:
-                known = self.chain.known(embeddings)
-                memory = self._draw_state(state, index, of_place, columns[:, place - 1], known, before, memory)
-                gaps = (columns[:, place] - columns[:, place - 1]).clamp(min=1)
-                seen = [known, *seen, *[known] * NUM_TOKENS][:NUM_TOKENS]
-                changed, tilts = self.chain.read(
-                    torch.stack(seen, 1), torch.full_like(gaps, place), before, after, gaps
-                )
-                logits = self.compute_logits(changed)[:, None].float()
-                logits = self._process(state, of_place.candidates, logits)[:, 0]
-                logits = self.chain.token_log_probs(tilts, logits, memory)[:, None]
+                nearest = [self.chain.known(embeddings), *nearest[:-1]]
+                if state.given_latents:
+                    memory = state.latents[:, index].gather(-1, columns[:, place - 1, None])[:, 0]
+                else:
+                    scores, weights = self.chain.remember(nearest[0], before)
+                    following = scores if memory is None else self.chain.following(scores, weights, memory, tables)
+                    memory = self._draw_states(state, index, of_place, columns[:, place - 1, None], following)
+                changed, tilts = self.chain.read(torch.cat(nearest, dim=-1), surroundings[:, place - 1], after)
+                logits = self._process(state, of_place.candidates, self.compute_logits(changed)[:, None].float())
+                logits = self.chain.token_log_probs(tilts, logits[:, 0], memory, tables)[:, None]
             drawn[:, place, None] = state.sampler.draw_tokens(logits, of_place)
         return tokens.scatter(-1, order, drawn)
 
-    def _draw_state(
+    def _draw_states(
         self,
         state: GenerationState,
         index: int,
         work: SamplerState,
         columns: torch.Tensor,
-        known: torch.Tensor,
-        hidden_states: torch.Tensor,
-        before: torch.Tensor | None,
+        scores: torch.Tensor,
     ) -> torch.Tensor:
-        """States (batch,) int64 of a chain's tokens at these columns (batch,), given the states before, or the given
-        ones; noted where another token of the step follows."""
-        noted, columns = state.latents[:, index], columns[:, None]
-        if state.given_latents:
-            return noted.gather(-1, columns)[:, 0]
-        scores, weights = self.chain.remember(known, hidden_states)
-        probabilities = scores.softmax(-1) if before is None else self.chain.following(scores, weights, before)
+        """States (batch,) int64 of a chain's tokens at these columns (batch, 1), drawn from the softmax of `scores`
+        (batch, K), and noted where another token of the step follows."""
         if state.config.latent_scale:
-            noise = draw_for(work.candidates, exponential, probabilities.shape[-1:], state.sampler.generator)
-            probabilities = probabilities / noise[:, 0]
-        states = probabilities.argmax(-1)
-        seen = torch.where(work.candidates, states[:, None], noted.gather(-1, columns))
-        state.latents[:, index] = noted.scatter(-1, columns, seen)
-        return states
+            noise = draw_for(work.candidates, exponential, scores.shape[-1:], state.sampler.generator)
+            scores = scores - noise[:, 0].log()  # the largest falls on a state with its probability
+        states, noted = scores.argmax(-1, keepdim=True), state.latents[:, index]
+        states = torch.where(work.candidates, states, noted.gather(-1, columns))
+        state.latents[:, index] = noted.scatter(-1, columns, states)
+        return states[:, 0]
 
     def _conditioning(
         self, state: GenerationState, work: SamplerState, step: int, conditioning: torch.Tensor | None
