@@ -146,7 +146,7 @@ def corrupt(
         check_shape("noise_seeds", noise_seeds, (rows,))
         noise = seeded_noise(noise_seeds, batch.maskable, layout.blocks(layout.position_ids), per_block)
     elif model.training:
-        noise = training_noise(batch.maskable, per_block)
+        noise = training_noise(batch.maskable, per_block, model.tp_size or 1)
     else:
         real = None if layout.real is None else layout.blocks(layout.real)
         noise = hashed_noise(batch.x_0, real, layout.blocks(layout.position_ids), per_block)
