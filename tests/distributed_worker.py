@@ -3,7 +3,8 @@
     accelerate launch --config_file CONFIG tests/distributed_worker.py JOBS.json RESULTS.json
 
 runs the jobs of a list, each the keyword arguments of `train`, or `{"argv": [...]}` for `train_vmd.py`, or
-`{"losses_of_processes": FOLDER}`, and writes what they returned.
+`{"losses_of_processes": FOLDER}`, or `{"split": [FOLDER, FOLDER]}` for `take_a_step` by tensor parallelism, and writes
+what they returned.
 """
 
 import json
@@ -16,7 +17,9 @@ import torch
 from accelerate import DistributedType, PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, default_data_collator
+from transformers.distributed import DistributedConfig
 
 from vmd_hf import VMDConfig, VMDForMaskedDiffusion
 from vmd_hf.data.synthetic import synthetic_tokenizer
@@ -181,7 +184,26 @@ def losses_of_processes(folder: str) -> list[list[float]]:
     return gather_object([losses])
 
 
+def take_a_step(folder: str, saved: str, **kwargs) -> dict:
+    """What a saved model computes, as `kwargs` load it; it is saved again after a step of gradient descent."""
+    model = VMDForMaskedDiffusion.from_pretrained(folder, **kwargs)
+    clean = torch.arange(18).view(2, 9) % 10
+    masked = clean.masked_fill(clean % 2 == 0, TOKENIZER.mask_token_id)
+    with torch.no_grad():
+        result = {"logits": model(masked).logits[:, :, :10].tolist()}
+    torch.manual_seed(0)
+    result["generated"] = model.generate(clean[:, :3], max_new_tokens=6, num_steps=2).tolist()
+    loss = model.train()(clean, labels=clean).loss
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1, foreach=False).step()
+    model.save_pretrained(saved)
+    split = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    return result | {"loss": loss.item(), "split": len(split)}
+
+
 def run(job: dict) -> dict | list:
+    if "split" in job:
+        return take_a_step(*job["split"], distributed_config=DistributedConfig(tp_plan="auto"))
     if "argv" in job:
         return run_script(**job)
     return losses_of_processes(*job.values()) if "losses_of_processes" in job else train(**job)

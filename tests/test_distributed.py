@@ -13,11 +13,19 @@ import train_vmd
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from distributed_worker import build, train
+from distributed_worker import build, take_a_step, train
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 import vmd_hf
+from vmd_hf import VMDForMaskedDiffusion
 from vmd_hf.training import EMACallback
 
 SCRIPTS = Path(train_vmd.__file__).parent
@@ -165,6 +173,30 @@ def test_fsdp_trains_evaluates_and_resumes_as_one_process(tmp_path):
 
     assert AutoModelForMaskedLM.from_pretrained(two / "script").config.hidden_size == 16
     assert len([entry for entry in results[6]["log"] if "eval_loss" in entry]) == 2
+
+
+def test_tensor_parallel_processes_compute_as_one(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 9}
+    llama = LlamaConfig(vocab_size=12, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    around = {"block_size": 3, "mask_token_id": 10, "latent_size": 3}
+    groups = {"position_groups": [[i // 3 for i in range(9)]], "position_group_bias": True}
+    models = {
+        "blocks": build(num_attention_heads=4, max_position_embeddings=9, block_size=3, prior="learned"),
+        "groups": build(num_attention_heads=4, max_position_embeddings=9, **groups),
+        "backbone": VMDForMaskedDiffusion.from_causal_lm(LlamaForCausalLM(llama), **around),
+    }
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    jobs = [{"split": [tmp_path / name, tmp_path / f"{name}-split"]} for name in models]
+    results = dict(zip(models, launch_jobs("cpu_2.yaml", jobs, tmp_path), strict=True))
+    # Two layers of four matrices each, and of a bias; of seven in Llama, which splits its tokens, too.
+    assert {name: result["split"] for name, result in results.items()} == {"blocks": 8, "groups": 10, "backbone": 16}
+    for name, result in results.items():
+        expected = take_a_step(tmp_path / name, tmp_path / f"{name}-whole")
+        assert result["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert result["generated"] == expected["generated"]
+        torch.testing.assert_close(torch.tensor(result["logits"]), torch.tensor(expected["logits"]))
+        assert_same_weights(tmp_path / f"{name}-split", tmp_path / f"{name}-whole")
 
 
 def test_training_does_not_depend_on_how_a_step_is_accumulated(tmp_path):

@@ -33,7 +33,7 @@ from helpers import (
     uniform,
 )
 
-from vmd_hf import VMDForMaskedDiffusion
+from vmd_hf import VMDForMaskedDiffusion, objective_vmd
 from vmd_hf.checks_vmd import check_labels
 
 OF_LATENTS = ("kl_per_latent", "posterior_shift")
@@ -156,6 +156,25 @@ def test_with_a_loop_loss_earlier_loops_pay_as_models_of_so_many_loops(settings)
     evaluated = model.eval()(**batch)
     torch.testing.assert_close(reported, [evaluated.reconstruction_loss, evaluated.kl])
     torch.testing.assert_close(evaluated.loss, terms[2] + 0.3 * trained.kl)
+
+
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="torch has it since 2.13")
+@pytest.mark.parametrize("settings", [{"block_size": 3}, {"tie_word_embeddings": False}])
+def test_the_loss_of_many_logits_is_computed_in_parts(settings, monkeypatch):
+    model, batch, noise = tiny_model(**settings), loss_batch(), {"noise_seeds": torch.arange(6)}
+    with torch.no_grad():
+        evaluated = model(**batch, **noise).loss
+    whole = gradients_of(model, model.train()(**batch, **noise).loss)
+    monkeypatch.setattr(objective_vmd, "LARGEST_LOGITS", 30)  # of two tokens and a half
+    monkeypatch.setattr(model, "compute_logits", None)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**batch, **noise).loss, evaluated)
+    assert_gradients_close(gradients_of(model, model.train()(**batch, **noise).loss), whole)
+
+    monkeypatch.undo()
+    monkeypatch.setattr(objective_vmd, "LARGEST_LOGITS", 30)
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits * 2)  # such a head is called
+    assert model.eval()(**batch, **noise).loss != evaluated
 
 
 @every_objective

@@ -5,6 +5,7 @@ import torch
 from helpers import normal, uniform
 from torch.distributions import Normal, kl_divergence
 
+from vmd_hf import VMDConfig
 from vmd_hf.latents_vmd import draw_latents, gaussian_kl, log_density_ratio
 from vmd_hf.objective_vmd import block_cross_entropy
 
@@ -26,6 +27,8 @@ def test_gaussian_kl_and_the_density_ratio_of_draws_are_those_of_torch_distribut
 
 class States:
     """A model whose logits are its hidden states."""
+
+    config = VMDConfig(vocab_size=64)
 
     def compute_logits(self, hidden_states):
         return hidden_states

@@ -75,18 +75,38 @@ def test_a_chunk_reads_what_is_before_it_and_itself():
     arguments = model.config, layout
     plan = AttentionChunks.plan(*arguments, False, noisy, join_token_indices([clean, noisy]), torch.float32)
     assert plan.sizes == [128, 128, 128, 116]  # a quarter in whole blocks
-    assert plan.keys == [[0, 4], [0, 1, 5], [0, 1, 2, 6], [0, 1, 2, 3, 7]]
+    assert plan.keys == [[0, 4], [1, 5, 0], [2, 6, 0, 1], [3, 7, 0, 1, 2]]  # its own columns first
+    # What grows with the square of the length is held once for all chunks, but for a shorter last one.
+    assert len({mask.untyped_storage().data_ptr() for mask in plan.masks}) == 2
     plan = AttentionChunks.plan(*arguments, True, clean, clean, torch.float32)
-    assert plan.keys == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
+    assert plan.keys == [[0], [1, 0], [2, 0, 1], [3, 0, 1, 2]]
     both = join_token_indices([clean, noisy])
     plan = AttentionChunks.plan(*arguments, False, both, both, torch.float32)
-    assert plan.keys[:4] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
-    assert plan.keys[4:] == [[0, 4], [0, 1, 5], [0, 1, 2, 6], [0, 1, 2, 3, 7]]
+    assert plan.keys[:4] == [[0], [1, 0], [2, 0, 1], [3, 0, 1, 2]]
+    assert plan.keys[4:] == [[0, 4], [1, 5, 0], [2, 6, 0, 1], [3, 7, 0, 1, 2]]
     for name, length in (("flex_attention", 500), ("eager", 500), ("sdpa", 124)):
         model.config._attn_implementation = name
         layout = model.model.lay_out(digits(1, length))
         index = layout.token_index(True)
         assert AttentionChunks.plan(model.config, layout, True, index, index, torch.float32) is None
+
+
+@pytest.mark.parametrize("rows", ["whole", "padded left", "padded right"])
+@pytest.mark.parametrize("settings", [{"guidance_scale": 2.0}, {"cache_implementation": "static"}])
+def test_prompts_are_read_in_chunks(monkeypatch, rows, settings):
+    rows = ROWS[rows]()
+    model = tiny_model(block_size=3, max_position_embeddings=160, attn_implementation="sdpa")
+    plans, of_prompts = [], AttentionChunks.of_prompts
+    monkeypatch.setattr(AttentionChunks, "of_prompts", lambda *args: plans.append(of_prompts(*args)) or plans[-1])
+
+    def generate():
+        torch.manual_seed(0)
+        return model.generate(**rows, max_new_tokens=6, num_steps=2, **settings)
+
+    chunked = generate()
+    assert len(plans[0].sizes) > 1
+    monkeypatch.setattr(AttentionChunks, "plan", lambda *args: None)
+    assert torch.equal(chunked, generate())
 
 
 # --- generation ------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ PADDING, EMPTY = -1, -2  # documents of padding, and of key columns that hold no
 # Columns that a chunk of attention has at least, and chunks that a row has at most: more save little more time, and
 # take more memory, since every chunk keeps its keys for the gradient.
 CHUNK_SIZE, NUM_CHUNKS = 64, 4
+LARGEST_CHUNK_OF_PROMPTS = 1024  # which are read without a gradient
 
 
 @dataclass
@@ -256,7 +257,8 @@ class AttentionChunks:
     Attributes:
         sizes: Columns of each chunk of a grid.
         keys: For each chunk of the queries, the chunks of the keys that it reads.
-        masks: For each chunk of the queries, (batch or 1, 1, queries, keys) as `block_attention_mask` makes it.
+        masks: For each chunk of the queries, (batch or 1, 1, queries, keys): bool, or 0 and -inf to add to the
+            scores.
     """
 
     sizes: list[int]
@@ -277,11 +279,13 @@ class AttentionChunks:
         # Under a compiler or exporter, lengths may be symbols.
         if config._attn_implementation != "sdpa" or query.block.device.type != "cpu" or torch.compiler.is_compiling():
             return None
+        if isinstance(layout.first_block, torch.Tensor):
+            return cls.of_prompts(config, query, dtype) if key is query else None  # or what was read is not the grid
         length = layout.num_blocks * layout.width
         size = -(-max(CHUNK_SIZE, length // NUM_CHUNKS) // layout.width) * layout.width
         num_keys, rest = divmod(key.block.shape[-1], length)
-        if length < 2 * size or rest or isinstance(layout.first_block, torch.Tensor):
-            return None  # or what was read is not the grid
+        if length < 2 * size or rest:
+            return None
         plan = cls([min(size, length - start) for start in range(0, length, size)], [], [])
         queries, keys = (
             [TokenIndex(*parts) for parts in zip(*(plan.split(part, -1) for part in index.parts()), strict=True)]
@@ -289,14 +293,37 @@ class AttentionChunks:
         )
         num_chunks = len(plan.sizes)
         noisy = None if clean else num_keys - 1  # the number of that grid
-        for number, chunk in enumerate(queries, start=len(keys) - len(queries)):
+        # Rows that are one document all see the same of their own columns, and all of the earlier ones.
+        one_document = key.document.shape[0] == 1 and bool((key.document == key.document[:, :1]).all())
+        largest: dict[tuple[int, int], torch.Tensor] = {}
+        for number, chunk in reversed(list(enumerate(queries, start=len(keys) - len(queries)))):
             grid, column = divmod(number, num_chunks)
-            seen = [other * num_chunks + i for other in range(num_keys) if other != noisy for i in range(column + 1)]
-            if grid == noisy:
-                seen.append(number)
-            plan.keys.append(seen)
+            grids = [other for other in range(num_keys) if other != noisy]
+            seen = [other * num_chunks + column for other in grids] + [number] * (grid == noisy)
+            seen += [other * num_chunks + i for other in grids for i in range(column)]
             held = join_token_indices([keys[index] for index in seen])
-            plan.masks.append(block_attention_mask(config, chunk, held, dtype))
+            kind = grid, chunk.block.shape[-1]
+            mask = largest.get(kind) if one_document else None
+            if mask is None:
+                # As numbers: what attention makes of them, and keeps for the gradient, in every layer anew.
+                allowed = block_attention_mask(config, chunk, held, dtype)
+                mask = largest[kind] = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf)
+            plan.keys.insert(0, seen)
+            plan.masks.insert(0, mask[..., : held.block.shape[-1]])
+        return plan
+
+    @classmethod
+    def of_prompts(cls, config, tokens: TokenIndex, dtype: torch.dtype) -> "AttentionChunks | None":
+        """Of clean tokens, each row's from a column of its own on, and blocks behind them, in generation."""
+        length = tokens.block.shape[-1]
+        size = max(CHUNK_SIZE, min(-(-length // NUM_CHUNKS), LARGEST_CHUNK_OF_PROMPTS))
+        if length < 2 * size:
+            return None
+        plan = cls([min(size, length - start) for start in range(0, length, size)], [], [])
+        for parts in zip(*(plan.split(part, -1) for part in tokens.parts()), strict=True):
+            masks = plan.split(block_attention_mask(config, TokenIndex(*parts), tokens, dtype), -1)
+            plan.keys.append([index for index, mask in enumerate(masks) if mask.any()])
+            plan.masks.append(torch.cat([masks[index] for index in plan.keys[-1]], dim=-1))
         return plan
 
     def split(self, values: torch.Tensor, dim: int) -> list[torch.Tensor]:

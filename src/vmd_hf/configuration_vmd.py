@@ -219,6 +219,19 @@ class VMDConfig(PreTrainedConfig):
         return super().to_dict()
 
     @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How `tp_plan="auto"` splits the denoiser's layers. All else is replicated; a backbone has its own plan."""
+        if self.backbone_config is not None:
+            return {}
+        plan = {
+            "layers.*.attention.qkv_proj": "vmd_qkv_heads",  # see layers_vmd.py
+            "layers.*.attention.o_proj": "rowwise",
+            "layers.*.mlp.up_proj": "colwise",
+            "layers.*.mlp.down_proj": "rowwise",
+        }
+        return plan | ({"layers.*.attention.group_bias": "vmd_heads"} if self.position_group_bias else {})
+
+    @property
     def gaussian_size(self) -> int:
         """Dimensions of a Gaussian latent, 0 without one."""
         return self.latent_size if self.latent_type == "gaussian" else 0

@@ -3,11 +3,18 @@
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, PackedColwiseParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .blocks_vmd import AttentionChunks
 from .configuration_vmd import VMDConfig
+
+if torch.distributed.is_available():
+    # Tensor parallelism (`VMDConfig.base_model_tp_plan`): each process has the rows of some heads, of the weights for
+    # queries, keys and values each, or of one weight.
+    ALL_PARALLEL_STYLES.register("vmd_qkv_heads", PackedColwiseParallel(split_factor=3))
+    ALL_PARALLEL_STYLES.register("vmd_heads", PackedColwiseParallel(split_factor=1))
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):

@@ -318,6 +318,8 @@ class VMDForMaskedDiffusion(VMDGenerationMixin, VMDPreTrainedModel):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., hidden_size) to (..., vocab_size), -inf at the tokens that may never appear."""
         logits = self.model.head(hidden_states) if self.lm_head is None else self.lm_head(hidden_states)
+        if self.lm_head is None and self.tp_size:
+            logits = logits.clone()  # what was gathered from several processes may not be written to
         for token_id in self.config.forbidden_token_ids:  # two at most
             logits[..., token_id] = -torch.inf
         return logits

@@ -124,7 +124,7 @@ def scored_tokens(
     return torch.where(sees_revealed[..., None], revealed, masked), share.masked_fill(sees_revealed, 1)
 
 
-def training_noise(maskable: torch.Tensor, latent_shape: tuple[int, ...]) -> Noise:
+def training_noise(maskable: torch.Tensor, latent_shape: tuple[int, ...], processes_per_row: int = 1) -> Noise:
     """Noise from torch's default generator, with times that are stratified over the batch.
 
     In data parallel the Trainer seeds the default generator alike in every process; so there it gives one number, from
@@ -133,15 +133,16 @@ def training_noise(maskable: torch.Tensor, latent_shape: tuple[int, ...]) -> Noi
     Args:
         maskable: (batch, N, width), for its shape.
         latent_shape: Of the latent noise of a block.
+        processes_per_row: Consecutive processes that have the same rows, since they share a model (tensor parallel).
     """
     batch, num_blocks, width = maskable.shape
     device = maskable.device
     if (
         torch.distributed.is_available()
         and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
+        and torch.distributed.get_world_size() > processes_per_row
     ):
-        first = torch.distributed.get_rank() * batch
+        first = torch.distributed.get_rank() // processes_per_row * batch
         seeds = torch.randint(2**62, (1,), device=device) + first + torch.arange(batch, device=device)
         return seeded_noise(seeds, maskable, torch.arange(width, device=device).expand_as(maskable), latent_shape)
     return Noise(

@@ -25,6 +25,7 @@ The same pieces, corruption aside, make the likelihood bounds (`vmd_hf.nelbo`).
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from .blocks_vmd import CleanContext, Layout
@@ -40,6 +41,8 @@ from .noise_vmd import (
     seeded_noise,
     training_noise,
 )
+
+LARGEST_LOGITS = 2**25  # numbers, 128 MB; more are computed in parts, where torch can
 
 
 @dataclass
@@ -144,7 +147,7 @@ def corrupt(
         check_shape("noise_seeds", noise_seeds, (rows,))
         noise = seeded_noise(noise_seeds, batch.maskable, layout.blocks(layout.position_ids), per_block)
     elif model.training:
-        noise = training_noise(batch.maskable, per_block)
+        noise = training_noise(batch.maskable, per_block, model.tp_size or 1)
     else:
         real = None if layout.real is None else layout.blocks(layout.real)
         noise = hashed_noise(batch.x_0, real, layout.blocks(layout.position_ids), per_block)
@@ -234,10 +237,38 @@ def block_cross_entropy(model, hidden_states: torch.Tensor, x_0: torch.Tensor, s
     """
     scored = scored.flatten()
     index = scored.nonzero().squeeze(-1)
-    logits = model.compute_logits(hidden_states.flatten(0, 1)[index])
-    losses = F.cross_entropy(logits.float(), x_0.flatten()[index], reduction="none")
+    states, tokens = hidden_states.flatten(0, 1)[index], x_0.flatten()[index]
+    if index.shape[0] * model.config.vocab_size > LARGEST_LOGITS and has_plain_head(model, states):
+        losses = cross_entropy_in_parts(model, states, tokens)
+    else:
+        losses = F.cross_entropy(model.compute_logits(states).float(), tokens, reduction="none")
     blocks = losses.new_zeros(x_0.shape[0] * x_0.shape[1])
     return blocks.index_add(0, index // x_0.shape[2], losses).view(x_0.shape[:2])
+
+
+def has_plain_head(model, states: torch.Tensor) -> bool:
+    """Whether logits are nothing but a product of hidden states and a matrix that is at hand, in float32, and torch
+    has (since 2.13) the cross-entropy of such logits that does not hold them all."""
+    head = model.lm_head
+    return (
+        hasattr(nn, "LinearCrossEntropyOptions")
+        and type(head) is nn.Linear
+        and type(head.weight) is nn.Parameter  # not one that is quantised, or split over processes
+        and head.weight.shape[0] == model.config.vocab_size
+        and not (vars(head).keys() & {"forward"} or head._forward_pre_hooks or head._forward_hooks)
+        and states.dtype == head.weight.dtype == torch.float32
+        and not (torch.is_autocast_enabled(states.device.type) or torch.compiler.is_compiling())
+    )
+
+
+def cross_entropy_in_parts(model, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """-log p(tokens), (tokens,), of hidden states (tokens, hidden); the backward pass computes the logits again."""
+    weight = model.lm_head.weight
+    bias = weight.new_zeros(weight.shape[0])
+    bias[model.config.forbidden_token_ids] = -torch.inf
+    size = max(LARGEST_LOGITS // weight.shape[0], 1)
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=size, chunking_method=None)
+    return F.linear_cross_entropy(states, weight, tokens, linear_bias=bias, reduction="none", options=options)
 
 
 def chain_cross_entropy(model, hidden_states: torch.Tensor, batch: CleanBatch, groups: torch.Tensor) -> torch.Tensor:

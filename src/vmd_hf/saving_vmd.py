@@ -81,7 +81,7 @@ class VMDPreTrainedModel(PreTrainedModel):
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"save_directory must not be a file, got {folder}")
-        if not is_main_process:
+        if not self.should_save_on_this_rank(is_main_process):  # but has a part of split weights
             return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", folder.name)
