@@ -136,6 +136,13 @@ def test_checkpoints_of_torchao_load(kind, tmp_path):
     assert_generates_alike(loaded, quantised)
 
 
+@pytest.mark.parametrize(("kind", "layer"), [("causal_lm", "LlamaDecoderLayer"), ("masked_lm in blocks", "BertLayer")])
+def test_what_is_kept_in_one_piece_is_there_and_holds_no_token_embeddings(kind, layer):
+    """Of BERT transformers names the embeddings, too, whose tokens are read by themselves."""
+    assert model_around(kind)._no_split_modules == {layer}
+    assert tiny_model()._no_split_modules == {"VMDLayer"}
+
+
 @every_kind
 def test_an_offloaded_model_generates(kind, tmp_path):
     for offload in (cpu_offload, partial(disk_offload, offload_dir=tmp_path)):
