@@ -79,7 +79,8 @@ def assert_same_weights(actual: Path, expected: Path, *names: str) -> None:
         first, second = load_file(actual / name), load_file(expected / name)
         assert first.keys() - second.keys() <= {"lm_head.weight"}  # FSDP writes the tied weight twice
         for key, value in second.items():
-            torch.testing.assert_close(first[key], value, rtol=0, atol=1e-4)
+            # Adam makes a part of its step of 0.01 of the rounding of a gradient that is nearly zero.
+            torch.testing.assert_close(first[key], value, rtol=0, atol=5e-4)
 
 
 def assert_same_warnings(actual: list[str], expected: list[str]) -> None:

@@ -47,7 +47,16 @@ ROWS: Rows = {
             "max_steps": 2650,
         }
     ],
-    "chain": [{**FEW_STEPS, "latent_type": "chain", "latent_size": 16, "conditioning_size": 64, "max_steps": 2950}],
+    "chain": [
+        {
+            "objective": "per_step",
+            "objective_steps": [1, 2, 4, 8, ROW_LENGTH, ROW_LENGTH],
+            "latent_type": "chain",
+            "latent_size": 32,
+            "conditioning_size": 64,
+            "max_steps": 2500,
+        }
+    ],
     "causal": [{**FEW_STEPS, "causal_head_size": 128, "max_steps": 2900}],
 }
 

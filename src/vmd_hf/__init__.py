@@ -15,7 +15,7 @@ from .likelihood import CorpusBound, NELBOOutput, corpus_bound, nelbo
 from .modeling_vmd import VMDForMaskedDiffusion, VMDMaskedDiffusionOutput, VMDModel, VMDPreTrainedModel
 from .pipeline_vmd import TASK, MaskedDiffusionPipeline
 
-__version__ = "0.9.0"
+__version__ = "0.10.0"
 
 AutoConfig.register(VMDConfig.model_type, VMDConfig)
 AutoModel.register(VMDConfig, VMDModel)

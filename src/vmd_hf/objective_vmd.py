@@ -287,7 +287,7 @@ def chain_cross_entropy(model, hidden_states: torch.Tensor, batch: CleanBatch, g
     flat = flat.flatten()
     index = flat[(groups.flatten() >= 0)[flat].nonzero().squeeze(-1)]
     block, sets = index // width, sets.flatten()[index]
-    follows = F.pad((block[1:] == block[:-1]) & (sets[1:] == sets[:-1]), (1, 0))
+    follows = F.pad((block[1:] == block[:-1]) & (sets[1:] == sets[:-1]), (1, 0))[: len(index)]
     tokens = batch.x_0.flatten()[index]
     found = chain_log_probs(
         model.chain,

@@ -156,7 +156,7 @@ class VMDPreTrainedModel(PreTrainedModel):
             # Emissions differ little between states: training starts near the model without a chain. What breaks the
             # symmetry soon is that states depend much on one another (with a deviation of 0.5 little is learned for
             # hundreds of updates), and large state vectors.
-            init.zeros_(module.gaps)
+            init.normal_(module.gaps, std=1.0)
             init.normal_(module.table, std=2.0)
             init.normal_(module.kernels, std=0.05)
             init.normal_(module.state_vectors, std=1.0)
