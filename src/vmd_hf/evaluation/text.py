@@ -278,6 +278,8 @@ def draw_frontier(rows: list[Row], path: str | os.PathLike) -> None:
         for row, point in zip(line, points, strict=True):
             axes.annotate(f"{row['temperature']:g}", point, textcoords="offset points", xytext=(4, 4), fontsize=8)
     axes.set(xlabel="entropy of words, nats", ylabel="perplexity of the judge", yscale="log")
+    for format_ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        format_ticks("{x:g}")
     axes.set_title("at temperatures as written", fontsize=10)
     axes.legend()
     figure.savefig(path, dpi=110)
