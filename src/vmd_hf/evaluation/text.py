@@ -266,6 +266,7 @@ def draw_frontier(rows: list[Row], path: str | os.PathLike) -> None:
     perplexity is the better one."""
     import_extra("matplotlib", "scripts")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -279,7 +280,7 @@ def draw_frontier(rows: list[Row], path: str | os.PathLike) -> None:
             axes.annotate(f"{row['temperature']:g}", point, textcoords="offset points", xytext=(4, 4), fontsize=8)
     axes.set(xlabel="entropy of words, nats", ylabel="perplexity of the judge", yscale="log")
     for format_ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        format_ticks("{x:g}")
+        format_ticks(LogFormatter(minor_thresholds=(2, 0.5)))
     axes.set_title("at temperatures as written", fontsize=10)
     axes.legend()
     figure.savefig(path, dpi=110)
