@@ -13,10 +13,12 @@ import train_vmd
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from distributed_worker import build, take_a_step, train
+from distributed_worker import TOKENIZER, build, take_a_step, train
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForMaskedLM,
+    EuroBertConfig,
+    EuroBertForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
     TrainerControl,
@@ -138,6 +140,32 @@ def test_data_parallel_trains_evaluates_and_resumes_as_one_process(tmp_path):
     assert actual["eval_loss"] == pytest.approx(actual["eval_reconstruction_loss"] + actual["eval_kl"], rel=1e-5)
     for name in OF_LATENTS:
         assert actual[f"eval_{name}"] == pytest.approx(expected[f"eval_{name}"], rel=1e-4)
+
+
+def backbones() -> dict[str, dict]:
+    """Settings of models around language models of transformers."""
+    sizes = {"vocab_size": len(TOKENIZER), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 6, "pad_token_id": TOKENIZER.pad_token_id}
+    around = {"mask_token_id": TOKENIZER.mask_token_id, "conditioning_size": 8, "kl_warmup_steps": 4}
+    causal_lm, masked_lm = LlamaForCausalLM(LlamaConfig(**sizes)), EuroBertForMaskedLM(EuroBertConfig(**sizes))
+    chain = {"block_size": 2, "latent_type": "chain", "latent_size": 4, "objective": "per_step"}
+    models = {
+        "causal_lm": VMDForMaskedDiffusion.from_causal_lm(causal_lm, causal_loss_weight=0.5, **chain, **around),
+        "masked_lm": VMDForMaskedDiffusion.from_masked_lm(masked_lm, latent_size=4, **around),
+    }
+    return {name: json.loads(model.config.to_json_string(use_diff=False)) for name, model in models.items()}
+
+
+def test_fsdp_trains_language_models_of_transformers_as_one_process(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = {"ema": True, "save_steps": 6}
+    jobs = [{"folder": two / name, "model": model, **settings} for name, model in backbones().items()]
+    expected = [train(one / Path(job["folder"]).name, job["model"], **settings) for job in jobs]
+    results = launch_jobs("fsdp2.yaml", jobs, tmp_path)
+    for job, result, whole in zip(jobs, results, expected, strict=True):
+        name = job["folder"].name
+        assert result["wrapper"] == "FSDPVMDForMaskedDiffusion"
+        assert_same_training(result, whole, (two / name, one / name), LOSSES)
 
 
 def test_fsdp_trains_evaluates_and_resumes_as_one_process(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from helpers import MASK, digits, randomise, seeded, tiny_config, tiny_model
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from vmd_hf import VMDForMaskedDiffusion
 
@@ -95,20 +96,51 @@ def test_linear_layers_may_be_quantised_dynamically(kind):
     assert not (quantised.generate(partly_masked(), num_steps=2) == MASK).any()
 
 
-@exported_kinds
+BACKBONES = {
+    "causal_lm": {"block_size": 4, "latent_size": 3},
+    "causal_lm without latent": {"block_size": 4, "latent_size": 0},
+    "masked_lm": {"latent_size": 4},
+    "masked_lm in blocks": {"block_size": 4, "latent_type": "chain", "latent_size": 3},
+}
+
+
+def model_around(kind):
+    """A language model of transformers as the denoiser."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 12, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 16, "pad_token_id": None}
+    if kind.startswith("causal_lm"):
+        around, language_model = VMDForMaskedDiffusion.from_causal_lm, LlamaForCausalLM(LlamaConfig(**sizes))
+    else:
+        around, language_model = VMDForMaskedDiffusion.from_masked_lm, BertForMaskedLM(BertConfig(**sizes))
+    return randomise(around(language_model, mask_token_id=MASK, **BACKBONES[kind])).eval()
+
+
+@pytest.mark.parametrize("kind", ["whole", "learned prior", "chain", *BACKBONES])
 def test_checkpoints_of_torchao_load(kind, tmp_path):
     pytest.importorskip("torchao")
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
-    tiny_model(**KINDS[kind]).save_pretrained(tmp_path / "whole")
+    model = model_around(kind) if kind in BACKBONES else tiny_model(**KINDS[kind])
+    model.save_pretrained(tmp_path / "whole")
     quantised = VMDForMaskedDiffusion.from_pretrained(
         tmp_path / "whole", quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
     )
     quantised.save_pretrained(tmp_path / "quantised")
     loaded = VMDForMaskedDiffusion.from_pretrained(tmp_path / "quantised")
-    torch.testing.assert_close(loaded(input_ids=partly_masked()).logits, quantised(input_ids=partly_masked()).logits)
+    logits = [each(input_ids=partly_masked()).logits for each in (loaded, quantised, model)]
+    torch.testing.assert_close(*logits[:2])
+    assert (logits[1].softmax(-1) - logits[2].softmax(-1)).abs().mean() < 0.05
+    assert not torch.equal(*logits[1:])  # something is quantised
     assert_generates_alike(loaded, quantised)
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("causal_lm", "LlamaDecoderLayer"), ("masked_lm in blocks", "BertLayer")])
+def test_what_is_kept_in_one_piece_is_there_and_holds_no_token_embeddings(kind, layer):
+    """Of BERT transformers names the embeddings, too, whose tokens are read by themselves."""
+    assert model_around(kind)._no_split_modules == {layer}
+    assert tiny_model()._no_split_modules == {"VMDLayer"}
 
 
 @every_kind

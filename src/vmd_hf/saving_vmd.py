@@ -40,6 +40,16 @@ class VMDPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": VMDLayer, "attentions": VMDAttention}  # noqa: RUF012
     _tokenizer_to_save: PreTrainedTokenizerBase | None = None
 
+    def post_init(self):
+        super().post_init()
+        # FSDP makes units of these, which must all be there; not of what holds the token embeddings, such as the
+        # embeddings of BERT, since those of a backbone are called by themselves.
+        tokens, names = self.get_input_embeddings(), self._no_split_modules
+        units = [module for module in self.modules() if type(module).__name__ in names]
+        self._no_split_modules = {
+            type(unit).__name__ for unit in units if all(part is not tokens for part in unit.modules())
+        }
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any):
         """As everywhere; weights of version 0.7 are converted.

@@ -228,7 +228,11 @@ def evenly_spaced(rows: Dataset, num_rows: int) -> Dataset:
 
 
 def stream_documents(
-    source: str | Path, text_column: str = "text", config_name: str | None = None, num_held_out: int = 1000
+    source: str | Path,
+    text_column: str = "text",
+    config_name: str | None = None,
+    num_held_out: int = 1000,
+    held_out: Sequence[str] = ("validation", "test"),
 ) -> dict[str, IterableDataset]:
     """Documents of a corpus that is read while it is used: "train", and what is held out as "validation".
 
@@ -236,6 +240,7 @@ def stream_documents(
         source: .txt files (one document each), or anything that `datasets.load_dataset` streams, one document a row.
         text_column, config_name: as in `load_documents`.
         num_held_out: documents at the start of the corpus that are the validation split of one without any.
+        held_out: splits of a corpus, the first of which that it has is the validation split.
 
     Returns:
         Two streams with one column, "text".
@@ -247,11 +252,11 @@ def stream_documents(
         arguments = {"path": str(source), "name": config_name}
         names = get_dataset_split_names(str(source), config_name)
     train = load_dataset(**arguments, split="train", streaming=True)
-    held_out = next((name for name in ("validation", "test") if name in names), None)
-    if held_out is None:
+    found = next((name for name in held_out if name in names), None)
+    if found is None:
         splits = {"train": train.skip(num_held_out), "validation": train.take(num_held_out)}
     else:
-        splits = {"train": train, "validation": load_dataset(**arguments, split=held_out, streaming=True)}
+        splits = {"train": train, "validation": load_dataset(**arguments, split=found, streaming=True)}
     splits = {name: stream.select_columns([text_column]) for name, stream in splits.items()}
     return {
         name: stream if text_column == "text" else stream.rename_column(text_column, "text")

@@ -23,7 +23,14 @@ class EvaluationArguments:
         default_factory=list,
         metadata={"help": "Documents to select: president=Lincoln ...; nothing behind it selects all."},
     )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read no more than `num_documents` of the source's train and test split."}
+    )
+    num_documents: int = field(default=1000, metadata={"help": "Documents at the start of a stream's splits."})
     num_steps: list[int] = field(default_factory=lambda: [1, 2, 4])
+    temperatures: list[float] = field(
+        default_factory=list, metadata={"help": "At which texts are sampled; default: the model's own."}
+    )
     num_samples: int = field(default=100_000, metadata={"help": "Samples of a synthetic setting."})
     batch_size: int = 10_000
     num_texts: int = field(default=32, metadata={"help": "Texts to sample."})
@@ -31,6 +38,9 @@ class EvaluationArguments:
         default=None, metadata={"help": "Model to compare bounds with; default: the one that an adapter is for."}
     )
     judge: str | None = field(default=None, metadata={"help": "Autoregressive model that reads the samples."})
+    featuriser: str | None = field(
+        default=None, metadata={"help": "Model for MAUVE between test rows and samples, of which it needs thousands."}
+    )
     bound: Literal["per_sample", "per_step"] = field(default="per_step", metadata={"help": "See vmd_hf.nelbo."})
     order: Literal["random", "left_to_right", "top_prob", "top_prob_margin", "entropy"] = field(
         default="random", metadata={"help": "In which the sampler of a bound reveals tokens; see vmd_hf.nelbo."}

@@ -3,7 +3,7 @@
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.characters import clean_text8, has_text8_alphabet
-from ..data.text import evenly_spaced, load_documents, text_datasets
+from ..data.text import evenly_spaced, load_documents, stream_documents, text_datasets
 from ..hub import check_tokenizer
 from ..tokenization import task_tokenizer, text_tokenizer
 from .arguments import EvaluationArguments
@@ -14,10 +14,10 @@ from .text import (
     batches_of,
     evaluate_bounds,
     evaluate_objective,
+    evaluate_quality,
     evaluate_samples,
     load_baseline,
     num_bytes,
-    text_quality,
 )
 
 
@@ -32,13 +32,37 @@ def titles_of(args: EvaluationArguments) -> list[str]:
         ]
     if args.task == "boards":
         return [f"{args.num_puzzles} boards from few clues, sampled: share valid, with its 95 % interval"]
-    texts = ", ".join([args.source, *args.where])
+    first = [f"first {args.num_documents:,} documents"] if args.streaming else []
+    texts = ", ".join([args.source, *first, *args.where])
     titles = [
         f"{texts}: objective, nats a token (not a perplexity with a latent)",
         f"{texts}: upper bounds on the bits a token, with their 95 % interval",
         f"{texts}: {args.num_texts} sampled texts",
     ]
-    return titles + ([f"{texts}: {args.num_texts} sampled texts by the judge {args.judge}"] if args.judge else [])
+    readers = {"judge": args.judge, "featuriser": args.featuriser}
+    by = " and ".join(f"the {kind} {name}" for kind, name in readers.items() if name)
+    return titles + ([f"{texts}: {args.num_texts} sampled texts by {by}"] if by else [])
+
+
+def read_documents(args: EvaluationArguments) -> tuple[dict[str, list[str]], list[str]]:
+    """The documents of each split, and those of the test split that are selected.
+
+    Raises:
+        ValueError: for a `where` with streaming.
+    """
+    settings = {"text_column": args.text_column, "config_name": args.config_name}
+    if args.streaming:
+        if args.where:
+            raise ValueError(f"where must be empty with streaming, got {args.where}")
+        streams = stream_documents(args.source, held_out=("test", "validation"), **settings)
+        train, test = (
+            [row["text"] for row in streams[name].take(args.num_documents) if row["text"]]
+            for name in ("train", "validation")
+        )
+        return {"train": train, "test": test}, test
+    splits = load_documents(args.source, **settings)
+    selected = load_documents(args.source, where=args.where, **settings) if args.where else splits
+    return splits, selected["test"]
 
 
 def text_tables(
@@ -47,26 +71,28 @@ def text_tables(
     """The objective, bounds and samples; and, with a judge, the quality of samples."""
     baseline = load_baseline(args.model, tokenizer, args.baseline, model.device)
     length, clean = model.config.max_position_embeddings, has_text8_alphabet(tokenizer)
-    settings = {"text_column": args.text_column, "config_name": args.config_name}
-    documents = load_documents(args.source, **settings)
-    selected = load_documents(args.source, where=args.where, **settings) if args.where else documents
-    rows = text_datasets({"test": selected["test"]}, tokenizer, length, args.documents)["test"]
+    documents, selected = read_documents(args)
+    rows = text_datasets({"test": selected}, tokenizer, length, args.documents)["test"]
     batches = batches_of(rows, args.num_eval_rows, model)
     known = {
         word for document in documents["train"] for word in (clean_text8(document) if clean else document).split()
     }
-    samples, texts = evaluate_samples(model, tokenizer, length, known, args.num_steps, args.num_texts, args.seed)
+    samples, texts = evaluate_samples(
+        model, tokenizer, length, known, args.num_steps, args.num_texts, args.seed, args.temperatures
+    )
     bounds = evaluate_bounds(
         model, batches, args.num_steps, args.num_draws, args.bound, args.order, args.seed, baseline
     )
     size = num_bytes(batches, tokenizer)
     bounds = [row | {"bits_per_byte": row["bits_per_token"] * row["num_tokens"] / size} for row in bounds]
     tables = [[evaluate_objective(model, batches)], bounds, samples]
-    if args.judge:
+    if args.judge or args.featuriser:
         chosen = list(evenly_spaced(rows, args.num_texts)["input_ids"])
-        test_texts = tokenizer.batch_decode(chosen, skip_special_tokens=True)
-        judged = {"(test rows)": test_texts, **dict(zip(args.num_steps, texts, strict=True))}
-        tables.append([{"num_steps": name, **text_quality(texts, args.judge)} for name, texts in judged.items()])
+        real = tokenizer.batch_decode(chosen, skip_special_tokens=True)
+        names = [{"num_steps": "(test rows)", "temperature": None}]
+        names += [{name: row[name] for name in names[0]} for row in samples]
+        quality = evaluate_quality(real, texts, args.judge, args.featuriser, known)
+        tables.append([name | row for name, row in zip(names, quality, strict=True)])
     return tables
 
 

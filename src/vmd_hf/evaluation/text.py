@@ -4,16 +4,19 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Literal
 
+import numpy as np
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from ..data.text import collate, evenly_spaced
-from ..hub import load_model, load_tokenizer
+from ..extras import import_extra
+from ..hub import default_device, load_model, load_tokenizer
 from ..likelihood import CorpusBound, Order, confidence_interval, corpus_bound
 from ..schedule_vmd import most_revealed
 from ..training import active_units, moments
@@ -169,12 +172,15 @@ def evaluate_samples(
     num_steps: Sequence[int],
     num_texts: int = 32,
     seed: int = 0,
+    temperatures: Sequence[float] = (),
 ) -> tuple[list[Row], list[list[str]]]:
-    """For each number of steps the share of known words in sampled texts of `length` tokens, and these texts."""
+    """For each number of steps and temperature (by default the model's own) the share of known words in sampled texts
+    of `length` tokens, and these texts."""
     known, results, texts = set(known_words), [], []
-    for steps in num_steps:
+    temperatures = temperatures or [model.generation_config.temperature or 1.0]
+    for steps, temperature in product(num_steps, temperatures):
         start = time.perf_counter()
-        ids = draw_samples(model, length, num_texts, seed, do_sample=True, num_steps=steps)
+        ids = draw_samples(model, length, num_texts, seed, do_sample=True, num_steps=steps, temperature=temperature)
         seconds = time.perf_counter() - start
         sampled = tokenizer.batch_decode(ids)
         words = [word for text in sampled for word in text.split()[1:-1]]  # the first and last may be cut
@@ -182,6 +188,7 @@ def evaluate_samples(
         results.append(
             {
                 "num_steps": steps,
+                "temperature": temperature,
                 "known_words": share,
                 "num_words": len(words),
                 "seconds": seconds,
@@ -192,21 +199,103 @@ def evaluate_samples(
     return results, texts
 
 
-def text_quality(texts: list[str], judge: str) -> dict[str, float]:
-    """What an autoregressive judge, a folder or Hub id, makes of texts (the metric `text_quality`)."""
-    from .. import metrics
+def evaluate_quality(
+    real: list[str],
+    sampled: Sequence[list[str]],
+    judge: str | None = None,
+    featuriser: str | None = None,
+    words: Iterable[str] | None = None,
+) -> list[Row]:
+    """A row of the metric `text_quality` for real texts, and one for each list of sampled texts.
 
-    return metrics.load("text_quality").compute(predictions=texts, judge=judge)
+    Args:
+        judge: autoregressive model, a folder or Hub id; None for no perplexity.
+        featuriser: model for [`mauve`] between real and sampled texts, a folder or Hub id; None for no MAUVE.
+        words: known words; None for no share of them.
+    """
+    from .. import metrics
+    from ..metrics.text_quality import load_judge
+
+    metric, (model, tokenizer) = metrics.load("text_quality"), load_judge(judge) if judge else (None, None)
+    settings = {"judge": model, "judge_tokenizer": tokenizer, "words": words}
+    rows = [metric.compute(predictions=texts, **settings) for texts in (real, *sampled)]
+    if featuriser:
+        rows[0]["mauve"] = None
+        for row, value in zip(rows[1:], mauve(real, sampled, featuriser), strict=True):
+            row["mauve"] = value
+    return rows
+
+
+@torch.no_grad()
+def mauve(real: list[str], sampled: Iterable[list[str]], featuriser: str | os.PathLike) -> list[float]:
+    """MAUVE between real and sampled texts, 0 to 1 for texts that are alike (arXiv 2102.01454), by its library.
+
+    A text's features are the last hidden state of its last token, of the first 1,024 at most, as in the library, which
+    knows the models of a few names only. Of less than some thousands of texts the value says little (see there).
+
+    Args:
+        featuriser: a language model of transformers, its folder or Hub id; gpt2-large in the paper.
+
+    Raises:
+        ImportError: the library is not installed.
+    """
+    library = import_extra("mauve", "mauve")
+    tokenizer = AutoTokenizer.from_pretrained(featuriser)
+    model = AutoModel.from_pretrained(featuriser).to(default_device()).eval()
+    length = min(1024, tokenizer.model_max_length, model.config.max_position_embeddings)
+
+    def features(texts: list[str]) -> np.ndarray:
+        """(texts, hidden_size); that of an empty text is a space's."""
+        rows = [
+            tokenizer(text or " ", truncation=True, max_length=length, return_tensors="pt")["input_ids"]
+            for text in texts
+        ]
+        states = [model(input_ids=ids.to(model.device)).last_hidden_state[0, -1] for ids in rows]
+        return torch.stack(states).float().cpu().numpy()
+
+    of_real = features(real)
+    return [
+        float(library.compute_mauve(p_features=of_real, q_features=features(texts), verbose=False).mauve)
+        for texts in sampled
+    ]
+
+
+def draw_frontier(rows: list[Row], path: str | os.PathLike) -> None:
+    """A picture of the judge's perplexity over the entropy of words: of real text, the first row, a point, and for
+    each number of steps a line over temperatures. Either alone is easily had; at the entropy of real text the lower
+    perplexity is the better one."""
+    import_extra("matplotlib", "scripts")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
+
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    real, *sampled = rows
+    axes.plot(real["unigram_entropy"], real["judge_perplexity"], "k*", markersize=14, label="real text")
+    for steps in dict.fromkeys(row["num_steps"] for row in sampled):
+        line = sorted((row for row in sampled if row["num_steps"] == steps), key=lambda row: row["temperature"])
+        points = [(row["unigram_entropy"], row["judge_perplexity"]) for row in line]
+        axes.plot(*zip(*points, strict=True), marker="o", label=f"{steps} steps")
+        for row, point in zip(line, points, strict=True):
+            axes.annotate(f"{row['temperature']:g}", point, textcoords="offset points", xytext=(4, 4), fontsize=8)
+    axes.set(xlabel="entropy of words, nats", ylabel="perplexity of the judge", yscale="log")
+    for format_ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        format_ticks(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes.set_title("at temperatures as written", fontsize=10)
+    axes.legend()
+    figure.savefig(path, dpi=110)
 
 
 __all__ = [
     "batches_of",
     "corpus_bounds",
+    "draw_frontier",
     "evaluate_bounds",
     "evaluate_objective",
+    "evaluate_quality",
     "evaluate_samples",
     "largest_step",
     "load_baseline",
+    "mauve",
     "num_bytes",
-    "text_quality",
 ]

@@ -69,16 +69,20 @@ class TextQuality(evaluate.Metric):
         return results
 
 
+def load_judge(judge: str | os.PathLike, tokenizer=None):
+    """The model in a folder or of a Hub id, on the accelerator if there is one, and its tokenizer if none is given."""
+    check_model(judge)
+    is_vmd = AutoConfig.from_pretrained(judge).model_type == VMDConfig.model_type
+    model = (AutoModelForMaskedLM if is_vmd else AutoModelForCausalLM).from_pretrained(judge).to(default_device())
+    return model, tokenizer or AutoTokenizer.from_pretrained(judge)
+
+
 @torch.no_grad()
 def judge_perplexity(texts, judge, tokenizer, batch_size: int) -> float:
     """exp of the mean negative log-probability of a token given those before it. A causal model of transformers has
     none for the first token of a text."""
     if isinstance(judge, str | os.PathLike):
-        check_model(judge)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(judge)
-        is_vmd = AutoConfig.from_pretrained(judge).model_type == VMDConfig.model_type
-        judge = (AutoModelForMaskedLM if is_vmd else AutoModelForCausalLM).from_pretrained(judge)
-        judge.to(default_device())
+        judge, tokenizer = load_judge(judge, tokenizer)
     if tokenizer is None:
         raise ValueError("judge_tokenizer must be given with a judge that is a model, got None")
     is_vmd = judge.config.model_type == VMDConfig.model_type
