@@ -15,7 +15,7 @@ from vmd_hf.training import VMDMetricsCallback
 
 LATENT_PATH = ["conditioner", "modulation", "latent_prior", "latent_encoder"]
 BLOCKS = {"block_size": 2, "prior": "learned"}
-CHAIN = {"block_size": 2, "latent_type": "chain", "objective": "per_step"}
+CHAIN = {"latent_type": "chain", "objective": "per_step"}
 
 
 def values_of(model):

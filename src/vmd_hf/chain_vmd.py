@@ -202,7 +202,7 @@ def chain_log_probs(
     embeddings: torch.Tensor,
     tokens: torch.Tensor,
     columns: torch.Tensor,
-    follows: torch.Tensor,
+    place: torch.Tensor,
     group: torch.Tensor,
     shape: tuple[int, int],
     compute_logits: Callable[[torch.Tensor], torch.Tensor],
@@ -213,19 +213,17 @@ def chain_log_probs(
         hidden_states, embeddings: (tokens, hidden), of the denoiser, and of the tokens themselves: chain after chain,
             from left to right in each.
         tokens, columns: (tokens,) int64, and where they stand.
-        follows: (tokens,) bool, whether the token belongs to the chain of the one before it.
+        place: (tokens,) int64, how many tokens of its chain are before each.
         group: (tokens,) int64, in ascending order: which group the chain belongs to.
         shape: Groups, and the most tokens that one can have.
         compute_logits: Of hidden states (tokens, hidden).
     """
     num_groups, size, tables = shape[0], chain.num_states, chain.tables()
-    later, first = follows.nonzero().squeeze(-1), (~follows).nonzero().squeeze(-1)
+    later, first = (place > 0).nonzero().squeeze(-1), (place == 0).nonzero().squeeze(-1)
     before, after = later - 1, hidden_states[later]
-    every = torch.arange(len(tokens), device=tokens.device)
-    num_known = (every - every.masked_fill(follows, 0).cummax(0).values)[later]
     back = torch.arange(NUM_TOKENS, device=tokens.device)
     known = chain.known(embeddings)
-    nearest = known[(before[:, None] - back).clamp(min=0)] * (back < num_known[:, None])[..., None]
+    nearest = known[(before[:, None] - back).clamp(min=0)] * (back < place[later, None])[..., None]
     gaps = columns[later] - columns[before]
     surroundings = chain.surroundings(hidden_states[before], after, gaps, tables)
     changed, tilts = chain.read(nearest.flatten(1), surroundings, after)
@@ -239,15 +237,15 @@ def chain_log_probs(
     # For every later token, a matrix: from the states before those of the token before it to these, times the token's
     # own probability given these. Where the token before is a chain's first one, all rows are alike.
     scores, weights = chain.remember(known[before], hidden_states[before])
-    inside = follows[before].nonzero().squeeze(-1)
+    inside = (place[later] > 1).nonzero().squeeze(-1)
     of_group = group[later]
     num_earlier = torch.searchsorted(of_group, torch.arange(num_groups, device=group.device))
-    place = of_group * shape[1] + torch.arange(len(later), device=group.device) - num_earlier[of_group]
+    cell = of_group * shape[1] + torch.arange(len(later), device=group.device) - num_earlier[of_group]
     with torch.autocast(logits.device.type, enabled=False):
         matrices = scores.softmax(-1)[:, None].expand(-1, size, -1)
         matrices = matrices.index_copy(0, inside, chain.transitions(scores[inside], weights[inside], tables))
         matrices = matrices * (emissions - highest[:, None]).exp()[:, None]
-        grid = torch.eye(size).to(matrices).repeat(num_groups * shape[1], 1, 1).index_copy(0, place, matrices)
+        grid = torch.eye(size).to(matrices).repeat(num_groups * shape[1], 1, 1).index_copy(0, cell, matrices)
         return totals + log_product(grid.unflatten(0, shape))
 
 

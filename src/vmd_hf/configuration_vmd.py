@@ -219,10 +219,10 @@ class VMDConfig(PreTrainedConfig):
         return super().to_dict()
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:
+    def base_model_tp_plan(self) -> dict[str, str] | None:
         """How `tp_plan="auto"` splits the denoiser's layers. All else is replicated; a backbone has its own plan."""
         if self.backbone_config is not None:
-            return {}
+            return None
         plan = {
             "layers.*.attention.qkv_proj": "vmd_qkv_heads",  # see layers_vmd.py
             "layers.*.attention.o_proj": "rowwise",

@@ -280,14 +280,17 @@ def chain_cross_entropy(model, hidden_states: torch.Tensor, batch: CleanBatch, g
             of a set only. Documents that are packed into whole sequences have chains of their own.
     """
     layout, (rows, num_blocks, width) = batch.layout, groups.shape
-    columns = torch.arange(width, device=groups.device)
-    sets = groups if num_blocks > 1 or layout.document is None else groups * width + layout.blocks(layout.document)
-    order = (sets * width + columns).masked_fill(groups < 0, -1).flatten(0, 1).argsort(dim=-1, stable=True)
-    flat = order + torch.arange(rows * num_blocks, device=groups.device)[:, None] * width
-    flat = flat.flatten()
-    index = flat[(groups.flatten() >= 0)[flat].nonzero().squeeze(-1)]
-    block, sets = index // width, sets.flatten()[index]
-    follows = F.pad((block[1:] == block[:-1]) & (sets[1:] == sets[:-1]), (1, 0))[: len(index)]
+    groups, columns = groups.flatten(0, 1), torch.arange(width, device=groups.device)
+    if num_blocks == 1 and layout.document is not None:
+        groups = torch.where(groups < 0, -1, groups * width + layout.document)
+    # Set after set, from left to right in each, after the tokens of none; and how many of its set stand before each.
+    order = (groups * width + columns).masked_fill(groups < 0, -1).argsort(dim=-1, stable=True)
+    groups = groups.gather(-1, order)
+    begins = F.pad(groups[:, 1:] != groups[:, :-1], (1, 0), value=True)
+    place = columns - (columns * begins).cummax(-1).values
+    kept = (groups >= 0).flatten().nonzero().squeeze(-1)
+    block = torch.arange(len(order), device=order.device)[:, None]
+    index, place = (order + block * width).flatten()[kept], place.flatten()[kept]
     tokens = batch.x_0.flatten()[index]
     found = chain_log_probs(
         model.chain,
@@ -295,8 +298,8 @@ def chain_cross_entropy(model, hidden_states: torch.Tensor, batch: CleanBatch, g
         model.get_input_embeddings()(tokens),
         tokens,
         index % width,
-        follows,
-        block,
+        place,
+        index // width,
         (rows * num_blocks, width),
         model.compute_logits,
     )
