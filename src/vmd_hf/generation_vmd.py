@@ -340,11 +340,12 @@ class VMDGenerationMixin:
             hidden_states = self._hidden_states(
                 state, work, window, given, self._conditioning(state, work, step, conditioning)
             )
-            logits = self._predict(state, work, hidden_states, work.columns)
-            draw_together = None
+            draw_together, logits = None, None
             if self.chain is not None or self.causal_head is not None:
                 most_revealed = None if wait else most if config.corrector else host_most_revealed[step - 1]
                 draw_together = partial(self._draw_in_turn, state, index, work, hidden_states, most_revealed)
+            if draw_together is None or state.sampler.needs_logits():
+                logits = self._predict(state, work, hidden_states)
             step_done = state.sampler(logits, work, step, draw_together)
             work.reveal(step_done, self.config.mask_token_id)
             if state.is_watched():
@@ -400,12 +401,10 @@ class VMDGenerationMixin:
         guided, unguided = outputs.last_hidden_state.chunk(2)
         return unguided + scale * (guided - unguided)
 
-    def _predict(
-        self, state: GenerationState, work: SamplerState, hidden_states: torch.Tensor, columns: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits (batch, k, vocabulary) float32 at these columns (batch, k)."""
-        hidden_states = hidden_states.gather(1, columns[..., None].expand(-1, -1, hidden_states.shape[-1]))
-        return self._process(state, work.candidates, self.compute_logits(hidden_states).float())
+    def _predict(self, state: GenerationState, work: SamplerState, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, k, vocabulary) float32 at the columns that the sampler looks at."""
+        columns = work.columns[..., None].expand(-1, -1, hidden_states.shape[-1])
+        return self._process(state, work.candidates, self.compute_logits(hidden_states.gather(1, columns)).float())
 
     def _process(self, state: GenerationState, candidates: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Logits (batch, k, vocabulary) as a logits processor, which sees the candidates (batch, k) only, has them."""
@@ -421,29 +420,27 @@ class VMDGenerationMixin:
         work: SamplerState,
         hidden_states: torch.Tensor,
         most_revealed: int | None,
-        tokens: torch.Tensor,
         revealed: torch.Tensor,
     ) -> torch.Tensor:
         """By a chain or a causal head: tokens (batch, k) int64 of which the revealed ones are drawn from left to
-        right, each given those before it; the first of them stays. `most_revealed`: how many a row can have;
-        `None`: the device is asked."""
+        right, each given those before it. `most_revealed`: how many a row can have; `None`: the device is asked."""
         order = revealed.long().argsort(dim=-1, descending=True, stable=True)
         columns, count = work.columns.gather(-1, order), revealed.sum(-1, keepdim=True)
         hidden_states = hidden_states.gather(1, columns[..., None].expand(-1, -1, hidden_states.shape[-1]))
-        drawn, memory = tokens.gather(-1, order), None
+        drawn, memory = torch.zeros_like(columns), None
         if self.chain is not None:
             tables = self.chain.tables()
             gaps = columns.diff(dim=-1).clamp(min=1)
             surroundings = self.chain.surroundings(hidden_states[:, :-1], hidden_states[:, 1:], gaps, tables)
             nearest = [torch.zeros_like(hidden_states[:, 0])] * NUM_TOKENS
-        for place in range(1, int(count.max()) if most_revealed is None else most_revealed):
-            embeddings = self.get_input_embeddings()(drawn[:, place - 1])
-            before, after = hidden_states[:, place - 1], hidden_states[:, place]
-            of_place = replace(work, candidates=count > place)
-            if self.chain is None:
-                changed, memory = self.causal_head.read(embeddings[:, None], before[:, None], after[:, None], memory)
-                logits = self._process(state, of_place.candidates, self.compute_logits(changed).float())
-            else:
+        for place in range(int(count.max()) if most_revealed is None else most_revealed):
+            of_place, after, tilts = replace(work, candidates=count > place), hidden_states[:, place], None
+            if place:
+                embeddings, before = self.get_input_embeddings()(drawn[:, place - 1]), hidden_states[:, place - 1]
+            if place and self.chain is None:
+                after, memory = self.causal_head.read(embeddings[:, None], before[:, None], after[:, None], memory)
+                after = after[:, 0]
+            elif place:
                 nearest = [self.chain.known(embeddings), *nearest[:-1]]
                 if state.given_latents:
                     memory = state.latents[:, index].gather(-1, columns[:, place - 1, None])[:, 0]
@@ -451,11 +448,12 @@ class VMDGenerationMixin:
                     scores, weights = self.chain.remember(nearest[0], before)
                     following = scores if memory is None else self.chain.following(scores, weights, memory, tables)
                     memory = self._draw_states(state, index, of_place, columns[:, place - 1, None], following)
-                changed, tilts = self.chain.read(torch.cat(nearest, dim=-1), surroundings[:, place - 1], after)
-                logits = self._process(state, of_place.candidates, self.compute_logits(changed)[:, None].float())
+                after, tilts = self.chain.read(torch.cat(nearest, dim=-1), surroundings[:, place - 1], after)
+            logits = self._process(state, of_place.candidates, self.compute_logits(after)[:, None].float())
+            if tilts is not None:
                 logits = self.chain.token_log_probs(tilts, logits[:, 0], memory, tables)[:, None]
             drawn[:, place, None] = state.sampler.draw_tokens(logits, of_place)
-        return tokens.scatter(-1, order, drawn)
+        return torch.zeros_like(drawn).scatter(-1, order, drawn)
 
     def _draw_states(
         self,

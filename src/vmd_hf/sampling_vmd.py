@@ -269,28 +269,35 @@ class Sampler:
         self.rule = rule
         self.generator = generator
 
+    def needs_logits(self) -> bool:
+        """Whether which positions are revealed, or anybody, depends on what is predicted."""
+        asked = self.config.output_confidences or self.config.corrector == "confidence"
+        return asked or self.rule is not None or self.config.remasking not in ("random", "left_to_right")
+
     def __call__(
         self,
-        logits: torch.Tensor,
+        logits: torch.Tensor | None,
         state: SamplerState,
         step: int,
-        draw_together: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        draw_together: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> SamplerStep:
         """
         Args:
-            logits: (batch, k, vocabulary) float32 at `state.columns`, of p(x^i | x_t).
+            logits: (batch, k, vocabulary) float32 at `state.columns`, of p(x^i | x_t); `None` with `draw_together`
+                where they are not needed.
             step: From 1.
-            draw_together: Given tokens that were drawn one by one and which of them are revealed, each (batch, k), the
-                tokens of their joint distribution (batch, k), of which the leftmost may stay. Positions are then
-                chosen before tokens: confidence is that of the most probable ones.
+            draw_together: Given which columns are revealed (batch, k), tokens of their joint distribution, (batch, k).
+                Positions are then chosen before tokens: confidence is that of the most probable ones.
         """
-        tokens = self.draw_tokens(logits, state)
-        chosen = tokens if draw_together is None else logits.argmax(-1)
-        confidence = self.confidence(logits, chosen, state).masked_fill(~state.candidates, -torch.inf)
+        if draw_together is None:
+            tokens = self.draw_tokens(logits, state)
+        else:
+            tokens = state.columns if logits is None else logits.argmax(-1)  # (of the former only the shape is read)
+        confidence = self.confidence(logits, tokens, state).masked_fill(~state.candidates, -torch.inf)
         count, remasked = self.num_to_reveal(confidence, state, step)
         revealed = select_positions(confidence, state.candidates, count)
         if draw_together is not None:
-            tokens = draw_together(tokens, revealed)
+            tokens = draw_together(revealed)
         probability = None
         if self.config.corrector == "confidence" or self.config.output_confidences:
             known = draw_together is None and self.rule is None and self.config.remasking == "top_prob"
