@@ -147,13 +147,6 @@ class Layout:
         """(batch, N * width, ...) on the grid to (batch, N, width, ...)."""
         return grid.unflatten(1, (self.num_blocks, self.width))
 
-    def restarts(self) -> torch.Tensor | None:
-        """(batch, length) bool, the first tokens of documents that are packed into whole sequences; `None` where the
-        first token of each row (or block) is the only one."""
-        if self.document is None or self.columns is not None or self.num_blocks > 1:
-            return None
-        return nn.functional.pad(self.document[:, 1:] != self.document[:, :-1], (1, 0))
-
     def token_index(self, clean: bool) -> TokenIndex:
         columns = torch.arange(self.num_blocks * self.width, device=self.document.device)[None]
         return TokenIndex(

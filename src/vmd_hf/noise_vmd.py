@@ -114,7 +114,8 @@ def scored_tokens(
     of the denoiser, for more logits.
 
     Args:
-        masked, revealed: (..., length) bool, M_t and A_k, as in [`Corruption`].
+        masked, revealed: (..., length) bool, M_t (or what of it is as likely to be revealed) and A_k, as in
+            [`Corruption`].
         sees_revealed: (...) bool, whether a latent depends on A_k. Where A_k is all of M_t it does not matter.
 
     Returns:
