@@ -38,9 +38,16 @@ from vmd_hf.data.antibodies import (
 )
 from vmd_hf.data.receptors import SPLIT_SEEDS
 from vmd_hf.evaluation.antibodies import evaluate_loop_bounds, evaluate_loop_samples
-from vmd_hf.evaluation.comparison import Rows, parse_comparison, results_in, train_row, training_lines
+from vmd_hf.evaluation.comparison import (
+    Rows,
+    lowest_bounds,
+    parse_comparison,
+    run_rows,
+    train_row,
+    training_lines,
+)
 from vmd_hf.evaluation.receptors import mean_and_error
-from vmd_hf.evaluation.tables import print_table, write_json
+from vmd_hf.evaluation.tables import print_table
 from vmd_hf.hub import load_model
 from vmd_hf.recipes import parse
 
@@ -84,22 +91,20 @@ def prepare_backbone(folder: Path, recipe: str, changes: list[str], source: str 
     model.save_pretrained(folder)
 
 
-def run_row(row: str, seed: int, recipe: str, changes: list[str], options: argparse.Namespace) -> None:
-    """Trains and evaluates one model, unless its results are there."""
+def run_row(row: str, seed: int, recipe: str, changes: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Trains and evaluates one model."""
     output_dir = Path(options.output_dir)
-    path, folder, stages = output_dir / f"{row}-{seed}" / "row.json", output_dir / "backbone", []
-    if path.exists():
-        return
+    folder, stages = output_dir / "backbone", []
     prepare_backbone(folder, recipe, changes, options.backbone)
     if ROWS[row]:
         folder, _, stages = train_row(ROWS, row, seed, recipe, changes, output_dir, options.device, folder)
     model = load_model(folder, options.device)
     loops = loop_sequences(options.num_sequences, SPLIT_SEEDS[options.eval_split])
-    result = {"row": row, "seed": seed, "parameters": model.num_parameters(), "training": stages}
+    result: dict[str, Any] = {"parameters": model.num_parameters(), "training": stages}
     with torch.autocast(options.device.type, torch.bfloat16):  # as in training; twice as fast on CPUs that have it
         result["bounds"] = evaluate_loop_bounds(model, loops, NUM_STEPS, options.num_orders, options.num_draws)
         result["samples"] = evaluate_loop_samples(model, loops, NUM_STEPS)
-    write_json(path, result)
+    return result
 
 
 def bound_lines(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -138,10 +143,7 @@ def draw_frontier(results: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for result in results:
         colour = f"C{list(ROWS).index(result['row'])}"
-        lowest: dict[int, dict[str, Any]] = {}
-        for bound in result["bounds"]:
-            best = lowest.setdefault(bound["num_steps"], bound)
-            lowest[bound["num_steps"]] = min(best, bound, key=lambda each: each["above"])
+        lowest = lowest_bounds(result["bounds"], "above")
         above = [lowest[steps]["above"] for steps in NUM_STEPS]
         errors = [lowest[steps]["high"] - lowest[steps]["above"] for steps in NUM_STEPS]
         axes[0].errorbar(NUM_STEPS, above, errors, marker="o", capsize=3, color=colour, label=result["row"])
@@ -168,11 +170,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--backbone", help="Folder of a BERT of amino acids. Default: AntiBERTy.")
     default = RECIPES / "antibody_comparison.yaml"
     options, recipe, changes = parse_comparison(parser, argv, ROWS, default, "outputs/antibody_comparison")
-    output_dir = Path(options.output_dir)
-    for seed in options.seeds:
-        for row in options.rows:
-            run_row(row, seed, recipe, changes, options)
-    results = results_in(output_dir, ROWS)
+    results = run_rows(ROWS, options, lambda row, seed: run_row(row, seed, recipe, changes, options))
     truth = -loop_log2_probabilities(loop_sequences(options.num_sequences, SPLIT_SEEDS[options.eval_split]))
     entropy, error = mean_and_error(truth)
     print_table(
@@ -186,9 +184,8 @@ def main(argv: list[str]) -> None:
     )
     if training := training_lines(results):
         print_table("Training", training)
-    write_json(output_dir / "results.json", results)
-    draw_frontier(results, figure := output_dir / "frontier.png")
-    print(f"frontier: {figure}; results: {output_dir}/results.json")
+    draw_frontier(results, figure := Path(options.output_dir) / "frontier.png")
+    print(f"frontier: {figure}; results: {options.output_dir}/results.json")
 
 
 if __name__ == "__main__":

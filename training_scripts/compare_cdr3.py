@@ -20,9 +20,16 @@ from typing import Any
 import matplotlib
 
 from vmd_hf.data.receptors import ROW_LENGTH, SPLIT_SEEDS, log2_probabilities, receptor_sequences
-from vmd_hf.evaluation.comparison import Rows, parse_comparison, results_in, train_row, training_lines
+from vmd_hf.evaluation.comparison import (
+    Rows,
+    lowest_bounds,
+    parse_comparison,
+    run_rows,
+    train_row,
+    training_lines,
+)
 from vmd_hf.evaluation.receptors import evaluate_receptor_bounds, evaluate_receptor_samples, mean_and_error
-from vmd_hf.evaluation.tables import print_table, write_json
+from vmd_hf.evaluation.tables import print_table
 from vmd_hf.hub import load_model
 
 matplotlib.use("Agg")
@@ -67,24 +74,17 @@ def run_row(
     recipe: str,
     changes: list[str],
     options: argparse.Namespace,
-) -> None:
-    """Trains and evaluates one model, unless its results are there."""
-    output_dir = Path(options.output_dir)
-    path = output_dir / f"{row}-{seed}" / "row.json"
-    if path.exists():
-        return
-    folder, _, stages = train_row(ROWS, row, seed, recipe, changes, output_dir, options.device)
+) -> dict[str, Any]:
+    """Trains and evaluates one model."""
+    folder, _, stages = train_row(ROWS, row, seed, recipe, changes, Path(options.output_dir), options.device)
     model = load_model(folder, options.device)
     sequences = receptor_sequences(options.num_sequences, SPLIT_SEEDS[options.eval_split])
-    result = {
-        "row": row,
-        "seed": seed,
+    return {
         "parameters": model.num_parameters(),
         "training": stages,
         "bounds": evaluate_receptor_bounds(model, sequences, NUM_STEPS, options.num_orders),
         "samples": evaluate_receptor_samples(model, sequences, NUM_STEPS, len(sequences)),
     }
-    write_json(path, result)
 
 
 def bound_lines(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -117,11 +117,7 @@ def draw_frontier(results: list[dict[str, Any]], path: Path) -> None:
     """Bits above the truth over forward passes, a line for each row (and seed), in random order."""
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for result in results:
-        lowest: dict[int, dict[str, Any]] = {}
-        for bound in result["bounds"]:
-            if bound["order"] in (None, "random"):
-                best = lowest.setdefault(bound["num_steps"], bound)
-                lowest[bound["num_steps"]] = min(best, bound, key=lambda each: each["above"])
+        lowest = lowest_bounds([each for each in result["bounds"] if each["order"] in (None, "random")], "above")
         steps = sorted(lowest)
         above = [lowest[number]["above"] for number in steps]
         errors = [lowest[number]["high"] - lowest[number]["above"] for number in steps]
@@ -142,11 +138,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--num_orders", type=int, default=2, help="Random orders that are averaged.")
     default = RECIPES / "cdr3_comparison.yaml"
     options, recipe, changes = parse_comparison(parser, argv, ROWS, default, "outputs/cdr3_comparison")
-    output_dir = Path(options.output_dir)
-    for seed in options.seeds:
-        for row in options.rows:
-            run_row(row, seed, recipe, changes, options)
-    results = results_in(output_dir, ROWS)
+    results = run_rows(ROWS, options, lambda row, seed: run_row(row, seed, recipe, changes, options))
     truth = -log2_probabilities(receptor_sequences(options.num_sequences, SPLIT_SEEDS[options.eval_split]))
     entropy, error = mean_and_error(truth)
     print_table(
@@ -155,9 +147,8 @@ def main(argv: list[str]) -> None:
     )
     print_table("Samples: the share that is possible, distinct ones among these, true -log2 p", sample_lines(results))
     print_table("Training", training_lines(results))
-    write_json(output_dir / "results.json", results)
-    draw_frontier(results, figure := output_dir / "frontier.png")
-    print(f"frontier: {figure}; results: {output_dir}/results.json")
+    draw_frontier(results, figure := Path(options.output_dir) / "frontier.png")
+    print(f"frontier: {figure}; results: {options.output_dir}/results.json")
 
 
 if __name__ == "__main__":

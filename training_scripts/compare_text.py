@@ -26,10 +26,17 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vmd_hf.data.text import load_documents, text_datasets
-from vmd_hf.evaluation.comparison import Rows, parse_comparison, results_in, train_row, training_lines
+from vmd_hf.evaluation.comparison import (
+    Rows,
+    lowest_bounds,
+    parse_comparison,
+    run_rows,
+    train_row,
+    training_lines,
+)
 from vmd_hf.evaluation.sampling import draw_samples
 from vmd_hf.evaluation.speed import sampling_seconds
-from vmd_hf.evaluation.tables import print_table, write_json
+from vmd_hf.evaluation.tables import print_table
 from vmd_hf.evaluation.text import batches_of, bound_row, corpus_bounds, evaluate_objective, largest_step
 from vmd_hf.hub import load_model, load_tokenizer
 from vmd_hf.likelihood import confidence_interval, ratio_of_sums
@@ -105,25 +112,16 @@ def run_row(
     seed: int,
     recipe: str,
     changes: list[str],
-    output_dir: Path,
-    num_eval_rows: int,
-    split: str,
-    device: torch.device,
-) -> None:
-    """Trains and evaluates one model, unless its results are there."""
-    path = output_dir / f"{row}-{seed}" / "row.json"
-    if path.exists():
-        return
-    folder, data_args, stages = train_row(ROWS, row, seed, recipe, changes, output_dir, device)
-    model = load_model(folder, device)
-    result = {
-        "row": row,
-        "seed": seed,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Trains and evaluates one model."""
+    folder, data_args, stages = train_row(ROWS, row, seed, recipe, changes, Path(options.output_dir), options.device)
+    model = load_model(folder, options.device)
+    return {
         "parameters": model.num_parameters(),
         "training": stages,
-        **evaluate_row(model, load_tokenizer(folder), data_args, num_eval_rows, split),
+        **evaluate_row(model, load_tokenizer(folder), data_args, options.num_eval_rows, options.eval_split),
     }
-    write_json(path, result)
 
 
 def evaluate_row(
@@ -188,12 +186,6 @@ def lines_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def lowest_bounds(result: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The lowest bound of a row for each number of steps."""
-    bounds = sorted(result["bounds"], key=lambda bound: -bound["bits_per_token"])
-    return {bound["num_steps"]: bound for bound in bounds}
-
-
 def differences_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each row with blocks less the one without a latent, of the same blocks and seed, for each number of steps: their
     lowest bounds, on the same rows of text, with a paired 95 % interval."""
@@ -203,8 +195,8 @@ def differences_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         without = found.get((f"block-{result['width']}", seed))
         if without is None or without is result:
             continue
-        others = lowest_bounds(without)
-        for steps, bound in sorted(lowest_bounds(result).items()):
+        others = lowest_bounds(without["bounds"], "bits_per_token")
+        for steps, bound in sorted(lowest_bounds(result["bounds"], "bits_per_token").items()):
             other = others[steps]
             bits = torch.tensor([bound["row_bits"], other["row_bits"]], dtype=torch.float64)
             mean, error = ratio_of_sums(bits[0] - bits[1], torch.full_like(bits[0], result["length"]))
@@ -234,7 +226,8 @@ def draw_frontier(results: list[dict[str, Any]], path: Path) -> None:
     for axis, cost in zip(axes, (nfe_per_character, milliseconds_per_character), strict=True):
         labelled = set()
         for result in results:
-            lowest = sorted(lowest_bounds(result).values(), key=lambda bound: cost(result, bound))
+            found = lowest_bounds(result["bounds"], "bits_per_token")
+            lowest = sorted(found.values(), key=lambda bound: cost(result, bound))
             costs = [cost(result, bound) for bound in lowest]
             bits = [bound["bits_per_token"] for bound in lowest]
             errors = [bound["high"] - bound["bits_per_token"] for bound in lowest]
@@ -254,17 +247,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--num_eval_rows", type=int, default=300, help="Rows, taken evenly from the split.")
     default = RECIPES / "text_comparison.yaml"
     options, recipe, changes = parse_comparison(parser, argv, ROWS, default, "outputs/text_comparison")
-    output_dir = Path(options.output_dir)
-    for seed in options.seeds:
-        for row in options.rows:
-            run_row(row, seed, recipe, changes, output_dir, options.num_eval_rows, options.eval_split, options.device)
-    results = results_in(output_dir, ROWS)
+    results = run_rows(ROWS, options, lambda row, seed: run_row(row, seed, recipe, changes, options))
     print_table("Upper bounds on the bits a character, with their 95 % interval", lines_of(results))
     print_table("Less the model without a latent, on the same rows", differences_of(results))
     print_table("Training", training_lines(results))
-    write_json(output_dir / "results.json", results)
-    draw_frontier(results, figure := output_dir / "frontier.png")
-    print(f"frontier: {figure}; results: {output_dir}/results.json")
+    draw_frontier(results, figure := Path(options.output_dir) / "frontier.png")
+    print(f"frontier: {figure}; results: {options.output_dir}/results.json")
 
 
 if __name__ == "__main__":

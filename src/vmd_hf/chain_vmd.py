@@ -180,13 +180,18 @@ class VMDChain(nn.Module):
         return tilted.log_softmax(-1), top.indices, rest
 
 
+def identity(matrices: torch.Tensor) -> torch.Tensor:
+    """(K, K) like matrices (..., K, K)."""
+    return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+
+
 def log_product(matrices: torch.Tensor) -> torch.Tensor:
     """log u M_1 ... M_n 1, (groups,), for matrices (groups, n, K, K) that are not negative and u uniform over K."""
     groups, num_matrices, size, _ = matrices.shape
     total = matrices.new_zeros(groups)
     while num_matrices > 1:
         if num_matrices % 2:
-            matrices = torch.cat([matrices, torch.eye(size).to(matrices).expand(groups, 1, -1, -1)], dim=1)
+            matrices = torch.cat([matrices, identity(matrices).expand(groups, 1, -1, -1)], dim=1)
         matrices = matrices[:, 0::2] @ matrices[:, 1::2]
         num_matrices = matrices.shape[1]
         # Rescaled, or long products vanish. What the scale is does not matter, so it needs no gradient.
@@ -245,7 +250,7 @@ def chain_log_probs(
         matrices = scores.softmax(-1)[:, None].expand(-1, size, -1)
         matrices = matrices.index_copy(0, inside, chain.transitions(scores[inside], weights[inside], tables))
         matrices = matrices * (emissions - highest[:, None]).exp()[:, None]
-        grid = torch.eye(size).to(matrices).repeat(num_groups * shape[1], 1, 1).index_copy(0, cell, matrices)
+        grid = identity(matrices).repeat(num_groups * shape[1], 1, 1).index_copy(0, cell, matrices)
         return totals + log_product(grid.unflatten(0, shape))
 
 

@@ -325,7 +325,8 @@ class VMDGenerationMixin:
         prior = self._read_prior(state, index, working)
         conditioning = None
         wait = config.confidence_threshold is not None or state.stopping_criteria is not None
-        host_most_revealed = state.host_rounds.most_revealed(index)
+        in_turn = self.chain is not None or self.causal_head is not None
+        host_most_revealed = state.host_rounds.most_revealed(index) if in_turn else []
         for step, most in enumerate(most_masked, start=1):
             work.active = working & ~state.stopped & work.masked.any(-1)
             if wait:
@@ -341,10 +342,10 @@ class VMDGenerationMixin:
                 state, work, window, given, self._conditioning(state, work, step, conditioning)
             )
             draw_together, logits = None, None
-            if self.chain is not None or self.causal_head is not None:
+            if in_turn:
                 most_revealed = None if wait else most if config.corrector else host_most_revealed[step - 1]
                 draw_together = partial(self._draw_in_turn, state, index, work, hidden_states, most_revealed)
-            if draw_together is None or state.sampler.needs_logits():
+            if not in_turn or state.sampler.needs_logits():
                 logits = self._predict(state, work, hidden_states)
             step_done = state.sampler(logits, work, step, draw_together)
             work.reveal(step_done, self.config.mask_token_id)

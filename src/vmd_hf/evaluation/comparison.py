@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,26 @@ def train_stage(arguments: tuple[ModelArguments, DataArguments, TrainingArgument
     return result
 
 
+def run_rows(
+    rows: Rows, options: argparse.Namespace, run_row: Callable[[str, int], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The results of all rows in the output folder, which are written there, too. `run_row` (row, seed) gives those of
+    a row that is asked for and not there yet."""
+    folder = Path(options.output_dir)
+    for seed in options.seeds:
+        for row in options.rows:
+            path = folder / f"{row}-{seed}" / "row.json"
+            if not path.exists():
+                write_json(path, {"row": row, "seed": seed, **run_row(row, seed)})
+    write_json(folder / "results.json", results := results_in(folder, rows))
+    return results
+
+
+def lowest_bounds(bounds: list[dict[str, Any]], name: str) -> dict[int, dict[str, Any]]:
+    """Of bounds, the one whose value of this name is the lowest, for each number of steps."""
+    return {bound["num_steps"]: bound for bound in sorted(bounds, key=lambda bound: -bound[name])}
+
+
 def results_in(folder: Path, rows: Rows) -> list[dict[str, Any]]:
     """The `row.json` of all rows that are there, whenever they were trained."""
     results = [json.loads(path.read_text()) for path in folder.glob("*/row.json")]
@@ -144,8 +165,10 @@ __all__ = [
     "Rows",
     "claim",
     "first_row_that_begins_as",
+    "lowest_bounds",
     "parse_comparison",
     "results_in",
+    "run_rows",
     "train_row",
     "train_stage",
     "training_lines",
